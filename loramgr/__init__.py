@@ -1,0 +1,96 @@
+"""A manager for LoRA adapters: immutable versions of them, exact merges, and bases restored bit for bit.
+
+`Workspace` is the way in; its methods take references and options and return the records of `loramgr.records`.
+Names are imported when they are first used, so that `import loramgr` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loramgr.errors import (
+        ConflictError,
+        IncompatibleError,
+        IntegrityError,
+        LoramgrError,
+        NotFoundError,
+        UncheckedError,
+        UsageError,
+    )
+    from loramgr.records import (
+        AddedVersion,
+        BaseRecord,
+        BaseReference,
+        BaseVerification,
+        ExportReport,
+        FileRecord,
+        InspectReport,
+        MergeCheck,
+        MergedAdapter,
+        MergeReport,
+        ModuleRecord,
+        Removal,
+        SchemaReport,
+        StatusReport,
+        StoreVerification,
+        TensorChange,
+        UnmergeReport,
+        VersionRecord,
+        to_json,
+    )
+    from loramgr.workspace import AddOptions, MergeOptions, VersionQuery, Workspace
+
+__version__ = "0.1.0"
+
+_HOMES = ("loramgr.errors", "loramgr.records", "loramgr.workspace")
+
+__all__ = [
+    "AddOptions",
+    "AddedVersion",
+    "BaseRecord",
+    "BaseReference",
+    "BaseVerification",
+    "ConflictError",
+    "ExportReport",
+    "FileRecord",
+    "IncompatibleError",
+    "InspectReport",
+    "IntegrityError",
+    "LoramgrError",
+    "MergeCheck",
+    "MergeOptions",
+    "MergeReport",
+    "MergedAdapter",
+    "ModuleRecord",
+    "NotFoundError",
+    "Removal",
+    "SchemaReport",
+    "StatusReport",
+    "StoreVerification",
+    "TensorChange",
+    "UncheckedError",
+    "UnmergeReport",
+    "UsageError",
+    "VersionQuery",
+    "VersionRecord",
+    "Workspace",
+    "__version__",
+    "to_json",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562), from the cheapest module that has it."""
+    if name in __all__:
+        for home in map(import_module, _HOMES):
+            if name in home.__all__:
+                globals()[name] = getattr(home, name)
+                return globals()[name]
+    raise AttributeError(f"module 'loramgr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, imported or not."""
+    return sorted(__all__)

@@ -1,0 +1,76 @@
+"""Log entries: what happened to a name, each naming the one before it, none ever overwritten.
+
+An adapter's or a base's log is the chain of its entries; the catalog is an index over all logs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+from loramgr.digests import canonical_json, digest_bytes
+from loramgr.errors import IntegrityError
+
+__all__ = ["ENTRY_SCHEMA", "KINDS", "Entry", "LogKind"]
+
+ENTRY_SCHEMA = 1
+LogKind = Literal["adapter", "base"]
+
+KINDS: dict[str, frozenset[str]] = {
+    "adapter": frozenset({"publish", "tag", "untag", "label", "metric", "rename", "remove"}),
+    "base": frozenset({"add", "remove"}),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event in a log.
+
+    `name` is what the log is called once the entry counts, `predecessor` the digest of the entry before it, None for
+    the first one; `time` is ISO 8601 UTC. `content` by kind:
+
+    publish  number, version (digest of the manifest), parents [{ref, digest}], message, tags [], labels {},
+             metrics {}, recipe (None for a version that came from a file), summary (see `catalog.tables.Version`)
+    tag      tag, number: the tag names that version from now on, wherever it was
+    untag    tag
+    label    number, labels {key: text, or None to drop it}
+    metric   number, metrics {key: number, or None to drop it}
+    rename   from
+    remove   adapter: numbers [] of the versions that are gone, whole (the adapter itself is); base: nothing
+    add      digest, source, revision, tensors, parameters, bytes, dtype, architecture
+    """
+
+    log: LogKind
+    kind: str
+    name: str
+    predecessor: str | None
+    time: str
+    author: str
+    content: dict[str, Any]
+
+    def encode(self) -> bytes:
+        """Return the RFC 8785 bytes that the entry's digest names."""
+        return canonical_json({"schema": ENTRY_SCHEMA, **asdict(self)})
+
+    @cached_property
+    def digest(self) -> str:
+        """The entry's name: the digest of its encoded bytes."""
+        return digest_bytes(self.encode())
+
+    @classmethod
+    def decode(cls, data: bytes) -> Entry:
+        """Read an entry back; IntegrityError for anything that is not one of this schema."""
+        try:
+            content = json.loads(data)
+            schema = content.pop("schema")
+            entry = cls(**{field.name: content.pop(field.name) for field in fields(cls)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(f"not a log entry: {error}", "loramgr verify") from error
+        if schema != ENTRY_SCHEMA or content or entry.kind not in KINDS.get(entry.log, ()):
+            raise IntegrityError(
+                f"log entry of schema {schema}, kind {entry.kind!r}: written by another version of loramgr",
+                "upgrade loramgr",
+            )
+        return entry

@@ -1,0 +1,271 @@
+"""What the use cases return: frozen records whose fields are the JSON keys of the command line.
+
+Sizes are bytes, times ISO 8601 UTC, digests `sha256:` + 64 hex. More fields may be added, none is renamed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = [
+    "AddedVersion",
+    "BaseRecord",
+    "BaseReference",
+    "BaseVerification",
+    "ExportReport",
+    "FileRecord",
+    "InspectReport",
+    "MergeCheck",
+    "MergeReport",
+    "MergedAdapter",
+    "ModuleRecord",
+    "RebuildReport",
+    "Removal",
+    "SchemaReport",
+    "StatusReport",
+    "StoreVerification",
+    "TensorChange",
+    "UnmergeReport",
+    "VersionRecord",
+    "to_json",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file of a version: its path inside the adapter's folder, digest, and size in bytes."""
+
+    path: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReference:
+    """The base a version belongs to; `name` is None when no base of that digest is registered here."""
+
+    name: str | None
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """A registered base model.
+
+    `source` is the folder, file or `hf://` address it was read from; `revision` the commit, None for local files;
+    `dtype` the one most parameters have; `architecture` the first of its configuration, None without one.
+    """
+
+    name: str
+    digest: str
+    source: str
+    revision: str | None
+    tensors: int
+    parameters: int
+    bytes: int
+    dtype: str
+    architecture: str | None
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One immutable state of an adapter.
+
+    `rank` is the largest of `ranks` (module → rank) and None for methods without one; `alpha` and `scaling` are those
+    of the configuration, before patterns, and None where it has none; `parents` are references as `name@vN`.
+    """
+
+    name: str
+    version: int
+    digest: str
+    weights_digest: str
+    base: BaseReference | None
+    method: str
+    format: str
+    rank: int | None
+    ranks: dict[str, int]
+    alpha: float | None
+    scaling: float | None
+    target_modules: list[str]
+    parameters: int
+    bytes: int
+    dtype: str
+    files: list[FileRecord]
+    parents: list[str]
+    tags: list[str]
+    labels: dict[str, str]
+    metrics: dict[str, float]
+    message: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddedVersion(VersionRecord):
+    """A version after `add`; `created` is False when the same files were a version already."""
+
+    created: bool
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRecord:
+    """One module an adapter updates.
+
+    `kind` is linear, conv1d, embedding, conv2d, bias, saved or tokens; rank, alpha and scaling are None where the
+    update has none. `delta_norm` is the Frobenius norm of scaling·B·A, `effective_rank` the exponential of the
+    entropy of its normalised singular values (Roy & Vetterli 2007), `spectrum` those values, when asked for.
+    """
+
+    name: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    in_features: int | None
+    out_features: int | None
+    dtype: str
+    delta_norm: float | None
+    effective_rank: float | None
+    spectrum: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport(VersionRecord):
+    """A version with what its tensors say; `reason` tells why it is not `mergeable`, and is None when it is.
+
+    `share_of_base` is parameters over the base's, None without a registered base.
+    """
+
+    modules: list[ModuleRecord]
+    warnings: list[str]
+    mergeable: bool
+    reason: str | None
+    share_of_base: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """An adapter in a merge: the version's reference and digest, and the weight it was added with."""
+
+    ref: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """A tensor that a merge changed; `before` is None for one it added, `after` None for one it took away."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merged model folder is, and what making it took."""
+
+    output: str
+    base_digest: str
+    adapters: list[MergedAdapter]
+    numerics: str
+    modules_merged: int
+    tensors_changed: int
+    tensors_added: list[str]
+    tensors_total: int
+    bytes_read: int
+    bytes_written: int
+    device: str
+    kernel: str
+    seconds: float
+    output_digest: str
+    dtype: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport(MergeReport):
+    """A model folder as it is now; `modified` names the tensors and files that changed since it was made."""
+
+    modified: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCheck:
+    """The result of replaying a recorded merge and comparing it bit for bit."""
+
+    ok: bool
+    tensors: int
+    mismatched: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeReport:
+    """A base restored from a merged folder; `source` says from what, and `exact` is proved by the digest."""
+
+    output: str
+    base_digest: str
+    exact: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseVerification:
+    """The result of reading a base again, tensor by tensor."""
+
+    ok: bool
+    tensors: int
+    mismatched: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreVerification:
+    """The result of reading the store and the catalog again; entries are `kind digest: what is wrong`."""
+
+    checked: int
+    corrupt: list[str]
+    missing: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """An adapter written for another tool; `notes` say what the reader should know."""
+
+    output: str
+    files: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What a removal took out of the catalog, as `name@vN` references or base names."""
+
+    removed: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaReport:
+    """The revision of the catalog's schema and the newest one this loramgr knows; None before the first use."""
+
+    revision: str | None
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildReport:
+    """What a rebuild of the catalog read: numbers of entries and logs that count, and the forks it left aside.
+
+    `forks` are the digests of the entries where the branches left aside begin; they stay in the store.
+    """
+
+    entries: int
+    logs: int
+    forks: list[str]
+
+
+def to_json(record: Any) -> Any:
+    """Return a record, or a list of them, as plain JSON values."""
+    return [asdict(item) for item in record] if isinstance(record, list) else asdict(record)

@@ -1,0 +1,105 @@
+"""SQLite connections and transactions, and what their failures mean to a person.
+
+Rollback journal, `synchronous=FULL`, foreign keys enforced, every transaction opened explicitly: SQLite's driver would
+otherwise begin late and commit before schema changes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event
+from sqlalchemy.exc import DBAPIError
+
+from loramgr.errors import ConflictError, IntegrityError, LoramgrError, UncheckedError
+
+__all__ = ["BUSY_SECONDS", "READ", "WRITE", "explained", "open_engine", "transaction"]
+
+BUSY_SECONDS = 60.0
+READ = "BEGIN"
+WRITE = "BEGIN IMMEDIATE"
+_BEGIN = "loramgr_begin"
+
+
+def open_engine(
+    path: Path | None, *, busy_seconds: float = BUSY_SECONDS, foreign_keys: bool = True, create: bool = False
+) -> Engine:
+    """Return an engine for a catalog file, or for an empty catalog in memory where the path is None.
+
+    A missing file is made only with `create`. A transaction waits `busy_seconds` for another process before it fails.
+    Migrations work with `foreign_keys` off, because rebuilding a parent table would delete its children's rows.
+    """
+
+    def connect() -> sqlite3.Connection:
+        uri = "file::memory:" if path is None else f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None)
+        for pragma in ("journal_mode=DELETE", "synchronous=FULL", f"foreign_keys={'ON' if foreign_keys else 'OFF'}"):
+            connection.execute(f"PRAGMA {pragma}").close()
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, READ))
+
+
+@contextmanager
+def transaction(engine: Engine, begin: str, path: Path) -> Iterator[Connection]:
+    """Run the block in one transaction, READ or WRITE; commit at its end, roll back when it raises.
+
+    Raises the errors of `explained`, and ConflictError when the file was replaced while we waited for its lock.
+    """
+    before = path.stat()
+    with explained(path), engine.connect() as plain:
+        connection = plain.execution_options(**{_BEGIN: begin})
+        with connection.begin():
+            if begin == WRITE and not os.path.samestat(before, path.stat()):
+                raise ConflictError(f"{path}: the catalog was replaced meanwhile", "run the command again")
+            yield connection
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn SQLite's failures in the block into errors for a person; other database errors pass as they are.
+
+    Raises ConflictError for a lock that did not come free, IntegrityError for a damaged file, UncheckedError for one
+    that cannot be opened or read, LoramgrError for a read-only or full file system.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        failure = _failure(error.orig, path)
+        if failure is None:
+            raise
+        raise failure from error
+    except sqlite3.Error as error:
+        failure = _failure(error, path)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _failure(error: BaseException | None, path: Path) -> LoramgrError | None:
+    code = getattr(error, "sqlite_errorcode", None)  # absent for errors of the driver itself
+    explain = _FAILURES.get(code & 0xFF) if isinstance(code, int) else None
+    return explain(path) if explain else None
+
+
+_FAILURES: dict[int, Callable[[Path], LoramgrError]] = {
+    sqlite3.SQLITE_BUSY: lambda path: ConflictError(
+        f"{path}: another process holds the catalog", "run the command again when it is done"
+    ),
+    sqlite3.SQLITE_READONLY: lambda path: LoramgrError(f"{path}: the catalog is read-only, nothing was changed"),
+    sqlite3.SQLITE_FULL: lambda path: LoramgrError(f"{path}: no space left for the catalog, nothing was changed"),
+    sqlite3.SQLITE_IOERR: lambda path: UncheckedError(f"{path}: the catalog cannot be read or written"),
+    sqlite3.SQLITE_CANTOPEN: lambda path: UncheckedError(f"{path}: the catalog cannot be opened"),
+    sqlite3.SQLITE_CORRUPT: lambda path: IntegrityError(f"{path}: the catalog is damaged", "loramgr db rebuild"),
+    sqlite3.SQLITE_NOTADB: lambda path: IntegrityError(f"{path}: the catalog is damaged", "loramgr db rebuild"),
+}

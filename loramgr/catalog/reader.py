@@ -1,0 +1,189 @@
+"""What can be asked of the catalog within one transaction; answers are records, never rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, select
+
+from loramgr.catalog.bases import find_base, load_bases
+from loramgr.catalog.query import VersionQuery
+from loramgr.catalog.selection import ordering, selection
+from loramgr.catalog.tables import Base, EntryRow, Log, Parent, Tag, Version, VersionFile
+from loramgr.catalog.versions import load_versions, reference
+from loramgr.digests import is_digest
+from loramgr.errors import NotFoundError, UsageError
+from loramgr.log import Entry, LogKind
+from loramgr.records import BaseRecord, FileRecord, VersionRecord
+from loramgr.references import Reference, parse_reference
+
+if TYPE_CHECKING:
+    from loramgr.catalog.versions import Keys
+
+__all__ = ["LogState", "Reader"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """Where a log stands: digests of its first and last entry, the number of its next version, whether it is hidden."""
+
+    root: str
+    head: str
+    next_number: int
+    removed: bool
+
+
+class Reader:
+    """A consistent view of the catalog; removed versions, adapters and bases are not in it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def bases(self) -> list[BaseRecord]:
+        """Return all bases, by name."""
+        return load_bases(self._connection)
+
+    def base(self, text: str) -> BaseRecord:
+        """Return a base by name, digest or prefix; NotFoundError, or UsageError when it is ambiguous."""
+        return find_base(self._connection, text)
+
+    def bases_with_digest(self, digest: str) -> list[BaseRecord]:
+        """Return the bases of that digest, by name; empty when there is none."""
+        return load_bases(self._connection, Base.digest == digest)
+
+    def log_state(self, kind: LogKind, name: str) -> LogState | None:
+        """Return the state of the log of that name, removed or not; None when the name is free."""
+        row = self._connection.execute(
+            select(Log.root, Log.head, Log.next_number, Log.removed).where(Log.kind == kind, Log.name == name)
+        ).one_or_none()
+        return None if row is None else LogState(*row)
+
+    def versions(self, query: VersionQuery | None = None) -> list[VersionRecord]:
+        """Return the versions that a query selects; None selects the newest one of every adapter.
+
+        Raises UsageError for a malformed filter; NotFoundError when the query's base is not registered, unless it is
+        given as a whole digest.
+        """
+        query = query or VersionQuery()
+        if query.base is not None and not is_digest(query.base):
+            query = replace(query, base=self.base(query.base).digest)
+        return load_versions(self._connection, selection(query), ordering(query.sort))
+
+    def version(self, ref: str) -> VersionRecord:
+        """Return the one version that a reference means.
+
+        Raises NotFoundError when there is none, UsageError when it is malformed or fits several versions.
+        """
+        parsed = parse_reference(ref)
+        found = load_versions(self._connection, _meant(parsed))
+        if not found:
+            raise self._absent(ref, parsed)
+        if len(found) > 1:
+            candidates = ", ".join(reference(version.name, version.version) for version in found)
+            raise UsageError(f"{ref!r} fits several versions: {candidates}", "give the name and number of one")
+        return found[0]
+
+    def log(self, name: str) -> list[VersionRecord]:
+        """Return the versions of an adapter, newest first; NotFoundError when there is no such adapter."""
+        state = self.log_state("adapter", name)
+        if state is None or state.removed:
+            raise self._absent(name, parse_reference(name))
+        return load_versions(self._connection, _live().where(Version.root == state.root))
+
+    def versions_of_base(self, digest: str) -> list[VersionRecord]:
+        """Return every version that belongs to the base of that digest, by name, newest first."""
+        return self.versions(VersionQuery(base=digest, all_versions=True))
+
+    def find_version_by_files(self, name: str, files: Sequence[FileRecord]) -> VersionRecord | None:
+        """Return the newest version of an adapter that has exactly these files, None when there is none."""
+        of_version = and_(VersionFile.root == Version.root, VersionFile.number == Version.number)
+        keys = _live().where(Log.name == name).where(
+            select(func.count()).where(of_version).scalar_subquery() == len(files)
+        )  # fmt: skip
+        for file in files:
+            same = and_(VersionFile.path == file.path, VersionFile.digest == file.digest)
+            keys = keys.where(exists().where(of_version, same))
+        found = load_versions(self._connection, keys.order_by(Version.number.desc()).limit(1))
+        return found[0] if found else None
+
+    def children(self, ref: str) -> list[str]:
+        """Return the versions of any adapter that have this one as a parent, as `name@vN`, sorted by name.
+
+        A parent recorded under an earlier name of the adapter counts. Errors as in `version`.
+        """
+        version = self.version(ref)
+        names = self._connection.scalars(
+            select(EntryRow.name).join(Log, Log.root == EntryRow.root).where(_named("adapter", version.name)).distinct()
+        ).all()
+        recorded = [reference(name, version.version) for name in names]
+        of_child = and_(Parent.root == Version.root, Parent.number == Version.number)
+        child = exists().where(of_child, Parent.digest == version.digest, Parent.ref.in_(recorded))
+        rows = self._connection.execute(
+            select(Log.name, Version.number)
+            .join(Log, Log.root == Version.root)
+            .where(~Version.removed, child)
+            .order_by(Log.name, Version.number)
+        )
+        return [reference(str(name), number) for name, number in rows]
+
+    def entry_digests(self) -> Iterator[str]:
+        """Yield the digest of every log entry that the catalog knows, sorted."""
+        yield from self._connection.scalars(select(EntryRow.digest).order_by(EntryRow.digest))
+
+    def version_digests(self) -> Iterator[str]:
+        """Yield the digests of the manifests of all versions that are not removed, sorted, each once."""
+        yield from self._connection.scalars(
+            select(Version.digest).where(~Version.removed).distinct().order_by(Version.digest)
+        )
+
+    def file_digests(self) -> Iterator[str]:
+        """Yield the digests of the files of all versions that are not removed, sorted, each once."""
+        live = and_(Version.root == VersionFile.root, Version.number == VersionFile.number, ~Version.removed)
+        yield from self._connection.scalars(
+            select(VersionFile.digest).join(Version, live).distinct().order_by(VersionFile.digest)
+        )
+
+    def compare(self, entries: Iterable[Entry]) -> list[str]:
+        """Return what differs between the rows and those that these entries give, empty when nothing does.
+
+        The entries are those that `entry_digests` names, read from the store. Raises IntegrityError when they have
+        no rows to give: a predecessor is missing, or an entry makes no sense.
+        """
+        from loramgr.catalog.comparison import differences
+
+        return differences(self._connection, entries)
+
+    def _absent(self, ref: str, parsed: Reference) -> NotFoundError:
+        if parsed.name is None:
+            return NotFoundError(f"there is no version {ref}", "loramgr list --all-versions")
+        names = self._connection.scalars(select(Log.name).where(Log.kind == "adapter", ~Log.removed)).all()
+        if parsed.name in names:
+            return NotFoundError(f"there is no version {ref}", f"loramgr log {parsed.name}")
+        close = get_close_matches(parsed.name, [str(name) for name in names], n=3)
+        hint = f"did you mean {' or '.join(close)}? loramgr list shows all" if close else "loramgr list"
+        return NotFoundError(f"there is no adapter {parsed.name!r}", hint)
+
+
+def _named(kind: LogKind, name: str) -> ColumnElement[bool]:
+    return and_(Log.kind == kind, Log.name == name)
+
+
+def _live() -> Keys:
+    return select(Version.root, Version.number).join(Log, Log.root == Version.root).where(~Version.removed)
+
+
+def _meant(ref: Reference) -> Keys:
+    keys: Select[str, int] = _live()
+    if ref.name is not None:
+        keys = keys.where(Log.name == ref.name)
+    if ref.digest is not None:
+        return keys.where(Version.digest >= ref.digest, Version.digest < f"{ref.digest}g")
+    if ref.number is not None:
+        return keys.where(Version.number == ref.number)
+    if ref.tag is not None:
+        named = and_(Tag.root == Version.root, Tag.number == Version.number, Tag.tag == ref.tag)
+        return keys.join(Tag, named)
+    return keys.order_by(Version.number.desc()).limit(1)

@@ -1,0 +1,85 @@
+"""Makes a catalog from log entries: the empty one, the one after damage, and the one that `verify` compares with."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from sqlalchemy import Connection, insert
+
+from loramgr.catalog import schema
+from loramgr.catalog.chains import Chains, follow
+from loramgr.catalog.engine import WRITE, open_engine, transaction
+from loramgr.catalog.fold import apply, name_log
+from loramgr.catalog.tables import Workspace
+from loramgr.durable import appear, sync_folder
+from loramgr.errors import IntegrityError
+from loramgr.log import Entry
+from loramgr.records import RebuildReport
+
+__all__ = ["build", "fold", "rebuild"]
+
+
+def rebuild(path: Path, uuid: str, entries: Iterable[Entry]) -> RebuildReport:
+    """Make the catalog anew from all log entries of the store and put it in the place of the old one, if any.
+
+    The old catalog is locked meanwhile, so `entries` should be read lazily: what was committed before is then among
+    them. Raises IntegrityError when a predecessor is missing or an entry makes no sense, ConflictError when another
+    process holds the catalog; then the old one stays.
+    """
+    with _locked(path):
+        return build(path, uuid, entries, replace=True)
+
+
+def build(path: Path, uuid: str, entries: Iterable[Entry], *, replace: bool) -> RebuildReport:
+    """Make a catalog beside its place and let it appear there whole; without `replace`, only if nothing is there."""
+    folder = Path(tempfile.mkdtemp(prefix=".catalog-", dir=path.parent))
+    try:
+        built = folder / path.name
+        engine = open_engine(built, create=True)
+        with engine.connect() as connection, connection.begin():
+            schema.migrate(connection)
+            report = fold(connection, uuid, entries)
+        _appear(built, path, replace=replace)
+    finally:
+        shutil.rmtree(folder)
+    return report
+
+
+def fold(connection: Connection, uuid: str, entries: Iterable[Entry]) -> RebuildReport:
+    """Apply all entries to an empty catalog, log by log, then give the logs the names of their newest entries."""
+    connection.execute(insert(Workspace).values(uuid=uuid))
+    chains: Chains = follow(entries)
+    heads: list[tuple[str, str]] = []
+    for log in chains.logs:
+        for entry in log:
+            root = apply(connection, entry)
+        heads.append((root, log[-1].name))
+    for root, name in heads:
+        name_log(connection, root, name)
+    return RebuildReport(sum(map(len, chains.logs)), len(chains.logs), chains.forks)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the write lock of the catalog that is there; a damaged one has none that anybody could hold."""
+    with ExitStack() as stack:
+        if path.exists():
+            with suppress(IntegrityError):
+                stack.enter_context(transaction(open_engine(path), WRITE, path))
+        yield
+
+
+def _appear(built: Path, path: Path, *, replace: bool) -> None:
+    journal = path.with_name(f"{path.name}-journal")
+    if replace:
+        journal.unlink(missing_ok=True)  # it belongs to a damaged or lost catalog and would be rolled into the new one
+        built.replace(path)
+    elif journal.exists():
+        raise IntegrityError(f"{path}: the catalog is gone, but its journal is there", "loramgr db rebuild")
+    else:
+        appear(built, path)
+    sync_folder(path.parent)

@@ -1,0 +1,104 @@
+"""What PEFT can write and loramgr does not read: refused by name, never taken for plain LoRA.
+
+Read from PEFT 0.21.2 (`tuners/lora/config.py`, `tuners/lora/layer.py`). An older reader drops keys it does not know
+and so turns a new variant silently into plain LoRA; here an unknown key that is set is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loramgr.errors import IncompatibleError
+from loramgr.formats.configuration import Fields
+
+__all__ = ["LORA", "TRAINABLE_TOKENS", "peft_type", "refuse_variants"]
+
+LORA = "LORA"
+TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+
+_GENERAL_KEYS = frozenset({
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "target_modules", "base_digest",
+})  # fmt: skip
+_KNOWN_KEYS = {
+    LORA: _GENERAL_KEYS | {
+        "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+        "exclude_modules", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+        "alpha_pattern", "megatron_core", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config",
+        "use_dora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "merge_weights",
+    },
+    TRAINABLE_TOKENS: _GENERAL_KEYS | {"token_indices", "init_weights"},
+}  # fmt: skip
+
+_REFUSED_KEYS = {
+    "alora_invocation_tokens": "aLoRA, which acts only after its invocation tokens and cannot be merged",
+    "layer_replication": "layer_replication, whose layers share the base's weights and cannot be merged",
+    "target_parameters": "target_parameters (LoRA on expert parameters)",
+    "use_bdlora": "BD-LoRA (block-diagonal factors)",
+    "kasa_config": "KaSA, which truncates the base's weights first",
+    "use_qalora": "QALoRA (pooled inputs)",
+    "arrow_config": "Arrow, a router over other adapters",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "enable_lora": "enable_lora (slices of a fused weight)",
+    "megatron_config": "Megatron's parallel layers",
+    "loftq_config": "LoftQ, which trains on a base quantized and changed at the start",
+}
+
+_BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_PLAIN_INITS = frozenset({"eva", "orthogonal"})
+_PLAIN_INITS_ANY_CASE = frozenset({"gaussian", "mica"})  # PEFT compares these two in lower case, the others as they are
+
+
+def peft_type(fields: Fields) -> str:
+    """Return the configuration's method, LORA or TRAINABLE_TOKENS; IncompatibleError naming any other."""
+    content = fields.content
+    if "fine_tune_type" in content and "peft_type" not in content:
+        raise IncompatibleError(f"{fields.path}: an adapter of MLX (mlx-lm), which loramgr does not read")
+    value = content.get("peft_type")
+    if not isinstance(value, str) or not value:
+        raise IncompatibleError(
+            f"{fields.path}: no peft_type, so this is not the configuration of a PEFT adapter",
+            "save the adapter with PEFT's save_pretrained",
+        )
+    method = value.upper()
+    if method not in _KNOWN_KEYS:
+        raise IncompatibleError(f"{fields.path}: peft_type {method} is not supported, only LORA and TRAINABLE_TOKENS")
+    return method
+
+
+def refuse_variants(fields: Fields, method: str) -> None:
+    """Raise IncompatibleError for a variant that is not read, and for a key that nobody knows, unless it is empty."""
+    for key, value in fields.content.items():
+        if key in _KNOWN_KEYS[method] or _is_unset(value):
+            continue
+        if key in _REFUSED_KEYS:
+            raise IncompatibleError(f"{fields.path}: {key} is set: loramgr does not support {_REFUSED_KEYS[key]}")
+        raise IncompatibleError(
+            f"{fields.path}: the key {key!r} with the value {value!r} is not known, and what it changes neither",
+            "upgrade loramgr, or remove the key where you know that it changes nothing",
+        )
+    _refuse_init(fields)
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _refuse_init(fields: Fields) -> None:
+    init = fields.content.get("init_lora_weights")
+    if init is None or isinstance(init, bool):
+        return
+    if not isinstance(init, str):
+        raise fields.refused("init_lora_weights", "true, false or the name of an initialisation")
+    for prefix, name in _BASE_CHANGING.items():
+        if init.lower().startswith(prefix):
+            raise IncompatibleError(
+                f"{fields.path}: init_lora_weights {init!r}: {name} changes the base at the start of training, so the "
+                "trained model is not the base plus scaling * lora_B lora_A",
+                "convert it: model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)",
+            )
+    if init not in _PLAIN_INITS and init.lower() not in _PLAIN_INITS_ANY_CASE:
+        raise IncompatibleError(
+            f"{fields.path}: init_lora_weights {init!r} is not known, nor whether it changes the base"
+        )

@@ -1,0 +1,1 @@
+"""Base and merged models on disk: what they hold, their digests, and how an adapter's names meet theirs."""

@@ -1,0 +1,224 @@
+"""An adapter's updates, each bound to the tensor of a base's file that it changes or adds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from loramgr.adapter import Adapter, Replacement, Rows, Shift, Update
+from loramgr.checkpoints.families import TieGroup, is_input_embedding, is_output_head, is_vocabulary
+from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renamings
+from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, refuse_quantized
+from loramgr.checkpoints.tying import keep_tied
+from loramgr.errors import IncompatibleError
+from loramgr.tensorfile import TensorSpec
+
+__all__ = ["Binding", "BoundUpdate", "bind"]
+
+_TASKS_WITHOUT_VOCABULARY_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+
+
+@dataclass(frozen=True, slots=True)
+class BoundUpdate:
+    """An update and the tensor of the base's file that it is for.
+
+    `name` is the parameter's name in the model that was trained, `target` its name in the file. With `transposed` the
+    tensor is stored as the transpose of lora_B lora_A: (in, out) of a Conv1D, (vocabulary, dim) of an embedding.
+    `new` targets are not in the base. `tied_source` is the tensor whose bytes a target has that the file leaves out
+    because it is tied, None for every other target.
+    """
+
+    name: str
+    target: str
+    update: Update
+    kind: BoundKind
+    transposed: bool = False
+    new: bool = False
+    tied_source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """All updates of an adapter, sorted by target; `vocab_size` is None unless the adapter changes it."""
+
+    updates: tuple[BoundUpdate, ...]
+    vocab_size: int | None = None
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the tensors that the base lacks and does not tie."""
+        return tuple(bound.target for bound in self.updates if bound.new)
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The base as binding sees it: tensors in the file, and tied names that the file leaves out."""
+
+    specs: Mapping[str, TensorSpec]
+    tied: dict[str, TieGroup]
+
+    def spec(self, name: str) -> TensorSpec | None:
+        if name in self.specs:
+            return self.specs[name]
+        group = self.tied.get(name)
+        return None if group is None else replace(self.specs[group.source], name=name)
+
+
+def bind(
+    adapter: Adapter,
+    specs: Mapping[str, TensorSpec],
+    ties: Sequence[TieGroup],
+    config: Mapping[str, Any] | None,
+) -> Binding:
+    """Bind every update of the adapter to a tensor of the base and check that it fits.
+
+    `specs` are the tensors of the base's file, `ties` the names that are one tensor (`families.tied_groups`),
+    `config` is config.json, None without one. Nothing is read but headers, except where a tied name has an update of
+    its own although ties are to be kept. Raises IncompatibleError, naming the tensor, for names that cannot be
+    resolved, shapes that do not fit, a quantized base, or tied names that nobody can know.
+    """
+    refuse_quantized(specs, config)
+    base = _Base(specs, {name: group for group in ties for name in group.tied if name not in specs})
+    renaming = _renaming(adapter.updates, base)
+    targets = {name: _target(name, renaming, base) for name in sorted(adapter.updates)}
+    pairs = {
+        name: Pair(adapter.updates[name], spec)
+        for name, target in targets.items()
+        if (spec := base.spec(target)) is not None
+    }
+    for pair in pairs.values():
+        check_fits(pair)
+    layouts = Layouts.read(pairs.values(), config)
+    bound = [
+        _bind_existing(name, pairs[name], layouts, base)
+        if name in pairs
+        else _bind_new(name, target, adapter.updates[name], layouts, base)
+        for name, target in targets.items()
+    ]
+    if adapter.keeps_ties:
+        bound = keep_tied(bound)
+    bound = [replace(each, kind="bias") if _is_trained_bias(each.name, adapter.updates) else each for each in bound]
+    bound.sort(key=lambda update: update.target)
+    _refuse_unclear(bound, ties)
+    return Binding(tuple(bound), _vocabulary(bound, base, adapter))
+
+
+def _target(name: str, renaming: Renaming, base: _Base) -> str:
+    """Return the name in the file; a name that the change of prefix is not for keeps its own."""
+    renamed = renaming.apply(name)
+    if renamed is None or (base.spec(renamed) is None and base.spec(name) is not None):
+        return name
+    return renamed
+
+
+def _renaming(updates: Mapping[str, Update], base: _Base) -> Renaming:
+    """Resolve what must exist in the base; lacking that, what usually does."""
+    known = base.specs.keys() | base.tied.keys()
+    required = {name for name, update in updates.items() if _must_exist(name, update, updates)}
+    carried = {name for name, update in updates.items() if not isinstance(update, Replacement)}
+    if required or carried:
+        return find_renaming(required or carried, known)
+    return _renaming_of_saved(sorted(updates), known)
+
+
+def _renaming_of_saved(names: list[str], known: Collection[str]) -> Renaming:
+    """Resolve an adapter that only replaces tensors: by those that are in the base, else it only adds."""
+    found = {renaming for name in names for renaming in fitting_renamings([name], known)}
+    if len(found) > 1:
+        raise IncompatibleError(f"{', '.join(names)}: several changes of prefix lead to tensors of the base: ambiguous")
+    return found.pop() if found else Renaming()
+
+
+def _must_exist(name: str, update: Update, updates: Mapping[str, Update]) -> bool:
+    if isinstance(update, Replacement):
+        return _is_trained_bias(name, updates)
+    return update.table is None
+
+
+def _is_trained_bias(name: str, updates: Mapping[str, Update]) -> bool:
+    """Say whether the name is a bias that `bias="all"` replaced, rather than part of a module that was saved whole."""
+    if not (name.endswith(".bias") and isinstance(updates[name], Replacement)):
+        return False
+    return not isinstance(updates.get(name.removesuffix("bias") + "weight"), Replacement)
+
+
+def _bind_existing(name: str, pair: Pair, layouts: Layouts, base: _Base) -> BoundUpdate:
+    target, update = pair.spec.name, pair.update
+    kind, transposed = _kind(update, pair.spec, layouts)
+    group = base.tied.get(target)
+    return BoundUpdate(name, target, update, kind, transposed, tied_source=None if group is None else group.source)
+
+
+def _bind_new(name: str, target: str, update: Update, layouts: Layouts, base: _Base) -> BoundUpdate:
+    """Bind an update that brings its own tensor: a head that the base lacks."""
+    tensor = update.tensor if isinstance(update, Replacement) else update.table
+    if tensor is None:
+        raise IncompatibleError(f"the base has no tensor {target} that the adapter updates")
+    other = next((known for known in sorted(base.specs) if is_output_head(known)), None)
+    if is_output_head(target) and other is not None:
+        raise IncompatibleError(f"the adapter brings the output head {name}, which the base calls {other}")
+    spec = replace(tensor.spec, name=target)
+    check_fits(Pair(update, spec))
+    kind, transposed = _kind(update, spec, layouts)
+    return BoundUpdate(name, target, update, kind, transposed, new=True)
+
+
+def _kind(update: Update, spec: TensorSpec, layouts: Layouts) -> tuple[BoundKind, bool]:
+    """Return what the update is to a person, and whether its product is transposed."""
+    if isinstance(update, Shift):
+        return "bias", False
+    if isinstance(update, Rows):
+        return "tokens", False
+    if isinstance(update, Replacement):
+        return "saved", False
+    if update.kind != "linear":
+        return ("embedding", True) if update.kind == "embedding" else ("conv2d", False)
+    transposed = layouts.is_transposed(update, spec)
+    return "conv1d" if transposed else "linear", transposed
+
+
+def _refuse_unclear(bound: Sequence[BoundUpdate], ties: Sequence[TieGroup]) -> None:
+    """Refuse two updates of one tensor, and an update of a tensor whose tied names nobody can know."""
+    for first, second in pairwise(bound):
+        if first.target == second.target:
+            raise IncompatibleError(f"{first.name} and {second.name} both update {first.target} of the base")
+    guessed = {group.source for group in ties if not group.known}
+    for update in bound:
+        if not guessed.isdisjoint({update.target, update.tied_source}):
+            raise IncompatibleError(
+                f"{update.target}: the base may tie its output head to its embeddings, and its config.json does not say",
+                "set tie_word_embeddings to false in the base's config.json if it has no tied head",
+            )
+
+
+def _vocabulary(bound: Sequence[BoundUpdate], base: _Base, adapter: Adapter) -> int | None:
+    """Return the new number of rows of the vocabulary's tensors; IncompatibleError when some would keep the old one."""
+    rows = {update.target: _rows(update) for update in bound if is_vocabulary(update.target)}
+    resized = {
+        target: (spec.shape[0], new)
+        for target, new in rows.items()
+        if new is not None and (spec := base.spec(target)) is not None and new != spec.shape[0]
+    }
+    if not resized:
+        return None
+    old, new = next(iter(resized.values()))
+    heads_kept = adapter.task_type not in _TASKS_WITHOUT_VOCABULARY_HEAD
+    for name in sorted([*base.specs, *base.tied]):
+        spec = base.spec(name)
+        follows = adapter.keeps_ties and name in base.tied
+        counts = is_vocabulary(name) and (heads_kept or is_input_embedding(name)) and not follows
+        if counts and spec is not None and spec.shape[:1] == (old,) and rows.get(name) != new:
+            raise IncompatibleError(
+                f"{name} keeps {old} rows while the adapter brings a vocabulary of {new} in {next(iter(resized))}",
+                "save the adapter with its output head, or with ensure_weight_tying",
+            )
+    return new
+
+
+def _rows(bound: BoundUpdate) -> int | None:
+    """Return the rows of the tensor that takes the base's place, None where none does."""
+    update = bound.update
+    tensor = update.tensor if isinstance(update, Replacement) else update.table
+    return None if tensor is None else tensor.spec.shape[0]

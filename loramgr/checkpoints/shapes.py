@@ -1,0 +1,149 @@
+"""Whether an update fits the tensor it is for, and how that tensor is laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loramgr.adapter import LowRank, Replacement, Rows, Shift, Update
+from loramgr.checkpoints.families import CONV1D_MODULES, CONV1D_TYPES, is_known_type, is_vocabulary
+from loramgr.errors import IncompatibleError
+from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec, TensorView
+
+__all__ = ["BoundKind", "Layouts", "Pair", "check_fits", "refuse_quantized"]
+
+BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "bias", "saved", "tokens"]
+
+_TASK_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+_QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".scales")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An update and the tensor it is for, as it is in the base."""
+
+    update: Update
+    spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """What decides the layout of a square matrix: model type, and whether the flags of all others came true.
+
+    `trusted` is None when the adapter has no other matrix.
+    """
+
+    model_type: str | None
+    trusted: bool | None
+
+    @classmethod
+    def read(cls, pairs: Iterable[Pair], config: Mapping[str, Any] | None) -> Layouts:
+        """Compare `fan_in_fan_out` with the shapes of the matrices that are not square; the pairs fit."""
+        agreements = [
+            pair.update.fan_in_fan_out == (shape == _factors(pair.update)[::-1])
+            for pair in pairs
+            if isinstance(pair.update, LowRank) and pair.update.kind == "linear"
+            for shape in [_shape(pair)]
+            if shape[0] != shape[1]
+        ]
+        model_type = (config or {}).get("model_type")
+        return cls(model_type if isinstance(model_type, str) else None, all(agreements) if agreements else None)
+
+    def is_transposed(self, update: LowRank, spec: TensorSpec) -> bool:
+        """Say whether the update's matrix is stored as (in, out); IncompatibleError when nothing tells."""
+        shape = _shape(Pair(update, spec))
+        if shape[0] != shape[1]:
+            return shape == _factors(update)[::-1]
+        module = spec.name.removesuffix(".weight").rpartition(".")[2]
+        named_so = module in CONV1D_MODULES
+        if is_known_type(self.model_type):
+            return named_so and self.model_type in CONV1D_TYPES
+        if self.trusted or (self.trusted is None and update.fan_in_fan_out == named_so):
+            return update.fan_in_fan_out
+        raise IncompatibleError(
+            f"{spec.name}: ambiguous layout: the matrix is square, and nothing says whether it is stored as "
+            "(out, in) or (in, out)",
+            "give the base a config.json with its model_type",
+        )
+
+
+def refuse_quantized(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> None:
+    """Raise IncompatibleError for a base whose weights are quantized; a float base made from GGUF is none."""
+    hint = "merge into the unquantized model that it was made from"
+    quantization = (config or {}).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method", "unknown") != "gguf":
+        method = quantization.get("quant_method", "unknown")
+        raise IncompatibleError(f"the base is quantized: quantization_config says {method}", hint)
+    for name in sorted(specs):
+        if name.endswith(_QUANTIZED_SUFFIXES):
+            raise IncompatibleError(f"the base is quantized: it has {name}", hint)
+
+
+def check_fits(pair: Pair) -> None:
+    """Raise IncompatibleError, naming the tensor and both shapes, unless the update can be applied to the tensor."""
+    update, spec = pair.update, pair.spec
+    if spec.dtype not in FLOAT_DTYPES:
+        raise IncompatibleError(
+            f"{spec.name}: the base stores it as {spec.dtype}, a quantized or integer type",
+            "merge into the unquantized model that it was made from",
+        )
+    replacement = update.tensor if isinstance(update, Replacement) else update.table
+    if replacement is not None:
+        _check_replacement(spec, replacement)
+    if isinstance(update, LowRank):
+        _check_factors(pair, update)
+    elif isinstance(update, Shift):
+        _require(spec, update.vector.spec.shape == _shape(pair), update.vector)
+    elif isinstance(update, Rows):
+        _check_rows(pair, update)
+
+
+def _shape(pair: Pair) -> tuple[int, ...]:
+    """Return the shape that the tensor has once the adapter's own table took its place."""
+    table = None if isinstance(pair.update, Replacement) else pair.update.table
+    return pair.spec.shape if table is None else table.spec.shape
+
+
+def _factors(update: LowRank) -> tuple[int, int]:
+    """Return (out, in) of a matrix's factors."""
+    return update.lora_B.spec.shape[0], update.lora_A.spec.shape[1]
+
+
+def _require(spec: TensorSpec, fits: bool, *views: TensorView) -> None:
+    if not fits:
+        shapes = " and ".join(f"{view.spec.name} {list(view.spec.shape)}" for view in views)
+        raise IncompatibleError(
+            f"{spec.name} {list(spec.shape)} of the base does not fit the adapter's {shapes}",
+            "name the base that the adapter was trained on",
+        )
+
+
+def _check_replacement(spec: TensorSpec, tensor: TensorView) -> None:
+    old, new = spec.shape, tensor.spec.shape
+    resizable = is_vocabulary(spec.name) or not _TASK_HEADS.isdisjoint(spec.name.split("."))
+    _require(spec, old == new or (resizable and len(old) == len(new) > 0 and old[1:] == new[1:]), tensor)
+
+
+def _check_factors(pair: Pair, update: LowRank) -> None:
+    shape, a, b = _shape(pair), update.lora_A.spec.shape, update.lora_B.spec.shape
+    fits = len(a) >= 2 and len(b) >= 2 and a[0] == b[1]
+    if update.kind == "linear":
+        fits = fits and shape in ((b[0], a[1]), (a[1], b[0]))
+    elif update.kind == "embedding":
+        fits = fits and shape == (a[1], b[0])
+    else:
+        fits = fits and len(shape) == len(b) and shape == (b[0], *a[1:]) and set(b[2:]) <= {1}
+    _require(pair.spec, fits, update.lora_A, update.lora_B)
+    if update.magnitude is not None:
+        _require(pair.spec, update.magnitude.spec.elements == b[0], update.magnitude)
+
+
+def _check_rows(pair: Pair, update: Rows) -> None:
+    shape = _shape(pair)
+    _require(pair.spec, len(shape) == 2 and update.rows.spec.shape == (len(update.indices), shape[1]), update.rows)
+    wrong = [index for index in update.indices if not 0 <= index < shape[0]]
+    if wrong:
+        raise IncompatibleError(f"{pair.spec.name} has {shape[0]} rows, and the adapter replaces row {wrong[0]}")
+    if len(set(update.indices)) != len(update.indices):
+        raise IncompatibleError(f"{pair.spec.name}: the adapter replaces one row twice")

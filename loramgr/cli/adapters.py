@@ -1,0 +1,93 @@
+"""`loramgr add, list, log, inspect, export`: versions in, and what is known about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loramgr.cli.lazy import Command
+from loramgr.cli.options import force_option, measurement, name_argument, pair, ref_argument
+from loramgr.cli.session import Session
+
+__all__ = ["add", "export", "inspect", "list_adapters", "log"]
+
+SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - before it the largest first."
+
+
+@click.command(cls=Command)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", help="Adapter to add to.  [default: the folder's name, or its parent's for checkpoint-N]")
+@click.option("--base", help="Base it was trained on.  [default: what its configuration says]")
+@click.option("--include", multiple=True, metavar="GLOB", help="Keep files of this name too.")
+@click.option("-m", "--message", default="", metavar="TEXT", help="What this version is.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Tag to give it.")
+@click.option("--label", "labels", multiple=True, type=pair, metavar="K=V", help="Label to give it.")
+@click.option("--metric", "metrics", multiple=True, type=measurement, metavar="K=NUMBER", help="Metric to give it.")
+@click.option("--parent", "parents", multiple=True, metavar="REF", help="Its parent.  [default: the latest version]")
+@force_option
+@click.pass_obj
+def add(session: Session, /, path: Path, **options: Any) -> None:
+    """Import a checkpoint as a new version of an adapter.
+
+    PATH is the folder or file of an adapter. Its configuration, weights, README and tokenizer are kept; the same
+    files and configuration again are the version that is there already.
+    """
+    from loramgr.workspace import AddOptions
+
+    named = {key: dict(options.pop(key)) for key in ("labels", "metrics")}
+    session.sink.show(session.workspace().add(path, AddOptions(**options, **named)))
+
+
+@click.command(cls=Command)
+@click.option("--base", help="Only of this base.")
+@click.option("--name", metavar="GLOB", help="Only adapters of such a name.")
+@click.option("--tag", help="Only versions with this tag.")
+@click.option("--label", "labels", multiple=True, type=pair, metavar="K=V", help="Only versions with this label.")
+@click.option("--metric", "metrics", multiple=True, metavar="'K>N'", help="Only versions whose metric is so: acc>0.9.")
+@click.option("--method", help="Only of this method: lora, dora, …")
+@click.option("--rank", type=int, help="Only of this (largest) rank.")
+@click.option("--target", metavar="MODULE", help="Only versions that target this module.")
+@click.option("--sort", default="name", show_default=True, metavar="KEY", help=SORT_HELP)
+@click.option("--limit", type=click.IntRange(min=0), help="At most so many.")
+@click.option("--all-versions", is_flag=True, help="Every version that matches, not only the newest.")
+@click.option("--latest-only", is_flag=True, help="Let the filters see only the newest versions.")
+@click.pass_obj
+def list_adapters(session: Session, /, **filters: Any) -> None:
+    """List adapters, each by its newest version that matches."""
+    from loramgr.workspace import VersionQuery
+
+    session.sink.show(session.workspace().list(VersionQuery(**filters)))
+
+
+@click.command(cls=Command)
+@name_argument
+@click.pass_obj
+def log(session: Session, /, name: str) -> None:
+    """Show the versions of an adapter, newest first."""
+    session.sink.show(session.workspace().log(name))
+
+
+@click.command(cls=Command)
+@ref_argument
+@click.option("--spectrum", is_flag=True, help="The singular values of every module's delta.")
+@click.pass_obj
+def inspect(session: Session, /, ref: str, spectrum: bool) -> None:
+    """Look into an adapter: ranks, norms, what it would change.
+
+    REF is name, name@v3, name@tag, name@sha256:prefix or sha256:prefix, or a path to an adapter on disk.
+    """
+    session.sink.show(session.workspace().inspect(ref, spectrum=spectrum))
+
+
+@click.command(cls=Command)
+@ref_argument
+@click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.pass_obj
+def export(session: Session, /, ref: str, output: Path) -> None:
+    """Write an adapter's files as they came.
+
+    DIR must not exist yet; it appears whole.
+    """
+    session.sink.show(session.workspace().export(ref, output))

@@ -1,0 +1,77 @@
+"""`loramgr merge, unmerge, status, verify-merge`: model folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loramgr.cli.lazy import Command
+from loramgr.cli.options import base_argument, device_option, folder_argument, force_option, jobs_option
+from loramgr.cli.session import Session
+
+__all__ = ["merge", "status", "unmerge", "verify_merge"]
+
+
+@click.command(cls=Command)
+@base_argument
+@click.argument("adapters", nargs=-1, required=True, metavar="REF[=WEIGHT]...")
+@click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--dtype", help="Dtype of the merged weights.  [default: the base's]")
+@click.option("--numerics", type=click.Choice(["exact"]), default="exact", help="How to compute.  [default: exact]")
+@click.option("--verify", is_flag=True, help="Read the output again and compare before it appears.")
+@click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same.")
+@click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together.")
+@force_option
+@device_option
+@jobs_option
+@click.pass_obj
+def merge(
+    session: Session, /, base: str, adapters: tuple[str, ...], output: Path, jobs: int | None, **options: Any
+) -> None:
+    """Merge adapters into a base: a model folder ready to deploy.
+
+    Every weight is the exact sum, rounded once. WEIGHT is 1 where it is not given.
+    """
+    from loramgr.workspace import MergeOptions
+
+    session.sink.show(session.workspace(jobs).merge(base, adapters, output, MergeOptions(**options)))
+
+
+@click.command(cls=Command)
+@folder_argument
+@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--in-place", is_flag=True, help="Change the folder itself, as without -o.")
+@jobs_option
+@click.pass_obj
+def unmerge(session: Session, folder: Path, output: Path | None, in_place: bool, jobs: int | None) -> None:
+    """Give back the base of a merged folder, bit for bit.
+
+    Proved by the base digest; where it cannot be, nothing changes and the exit code is 5.
+    """
+    if in_place and output is not None:
+        raise click.UsageError("-o and --in-place exclude each other.")
+    session.sink.show(session.workspace(jobs).unmerge(folder, output))
+
+
+@click.command(cls=Command)
+@folder_argument
+@jobs_option
+@click.pass_obj
+def status(session: Session, folder: Path, jobs: int | None) -> None:
+    """Tell what a model folder is and whether it changed."""
+    session.sink.show(session.workspace(jobs).status(folder))
+
+
+@click.command(cls=Command)
+@folder_argument
+@jobs_option
+@click.pass_obj
+def verify_merge(session: Session, folder: Path, jobs: int | None) -> None:
+    """Replay a recorded merge and compare bit for bit.
+
+    Exit code 5 when a tensor differs.
+    """
+    check = session.workspace(jobs).verify_merge(folder)
+    session.sink.verdict(check, check.ok)

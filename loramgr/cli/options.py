@@ -1,0 +1,57 @@
+"""Arguments and options that several commands share, and how their values are parsed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = [
+    "base_argument",
+    "device_option",
+    "dry_run_option",
+    "folder_argument",
+    "force_option",
+    "jobs_option",
+    "measurement",
+    "name_argument",
+    "pair",
+    "ref_argument",
+    "yes_option",
+]
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Split KEY=VALUE at the first equals sign; the value may be empty, a missing key or sign is a usage error."""
+    key, sign, value = text.partition("=")
+    if not (key and sign):
+        raise click.BadParameter(f"{text!r} is not of the form KEY=VALUE.")
+    return key, value
+
+
+def measurement(text: str) -> tuple[str, float]:
+    """Split KEY=NUMBER; a usage error where it is not one."""
+    key, value = pair(text)
+    try:
+        return key, float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} in {text!r} is not a number.") from error
+
+
+_folder = click.Path(path_type=Path)
+
+ref_argument = click.argument("ref")
+name_argument = click.argument("name")
+base_argument = click.argument("base")
+folder_argument = click.argument("folder", metavar="DIR", type=_folder)
+force_option = click.option("--force", is_flag=True, help="Go on where a person may know better.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask; needed where no terminal is there to answer.")
+jobs_option = click.option("--jobs", type=click.IntRange(min=1), help="Threads to use.  [default: one per core]")
+device_option = click.option(
+    "--device",
+    envvar="LORAMGR_DEVICE",
+    default="auto",
+    metavar="auto|cpu|cuda[:N]|mps",
+    help="Where to compute.  [env LORAMGR_DEVICE; default: auto]",
+)

@@ -1,0 +1,181 @@
+"""How records look to a person: lines of text, never printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from loramgr.digests import short
+from loramgr.records import (
+    BaseRecord,
+    BaseReference,
+    FileRecord,
+    InspectReport,
+    MergedAdapter,
+    ModuleRecord,
+    VersionRecord,
+)
+
+__all__ = ["names", "render", "size", "table"]
+
+Cell = str | int | float | None
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in the largest unit that leaves at least one whole of it."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Return aligned lines under their headings; numbers stand on the right, None is a dash."""
+    cells = [list(headings), *([_cell(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(cell, int | float) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _cell(value: Cell) -> str:
+    """Return a value as text that fits on one line."""
+    if value is None or value == "":
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
+
+
+def names(record: Any) -> list[str]:
+    """Return what a script needs of a record: references, names or paths, one a line."""
+    if isinstance(record, list):
+        return [line for item in record for line in names(item)]
+    if isinstance(record, VersionRecord):
+        return [f"{record.name}@v{record.version}"]
+    for field in ("name", "output", "removed", "revision"):
+        value = getattr(record, field, None)
+        if value is not None:
+            return value if isinstance(value, list) else [str(value)]
+    return []
+
+
+def render(record: Any) -> list[str]:
+    """Return the lines that show a record, or a table of several."""
+    if isinstance(record, list):
+        return _rows(record)
+    if isinstance(record, InspectReport):
+        return [*_fields(record, _hidden(record)), "", *_modules(record.modules)]
+    return _fields(record, _hidden(record))
+
+
+def _rows(records: list[Any]) -> list[str]:
+    """Return a table of records of one kind; nothing when there are none."""
+    if not records:
+        return []
+    columns = _BASE_COLUMNS if isinstance(records[0], BaseRecord) else _VERSION_COLUMNS
+    return table(list(columns), [[read(record) for read in columns.values()] for record in records])
+
+
+_BASE_COLUMNS: dict[str, Callable[[BaseRecord], Cell]] = {
+    "NAME": lambda base: base.name,
+    "DIGEST": lambda base: short(base.digest),
+    "ARCHITECTURE": lambda base: base.architecture,
+    "DTYPE": lambda base: base.dtype,
+    "PARAMETERS": lambda base: base.parameters,
+    "SIZE": lambda base: size(base.bytes),
+    "SOURCE": lambda base: base.source,
+}
+
+_VERSION_COLUMNS: dict[str, Callable[[VersionRecord], Cell]] = {
+    "VERSION": lambda version: f"{version.name}@v{version.version}",
+    "DIGEST": lambda version: short(version.digest),
+    "METHOD": lambda version: version.method,
+    "RANK": lambda version: version.rank,
+    "BASE": lambda version: _text(version.base),
+    "SIZE": lambda version: size(version.bytes),
+    "PARENTS": lambda version: _text(version.parents),
+    "TAGS": lambda version: _text(version.tags),
+    "METRICS": lambda version: _text(version.metrics),
+    "CREATED": lambda version: version.created_at,
+    "MESSAGE": lambda version: version.message,
+}
+
+_MODULE_COLUMNS: dict[str, Callable[[ModuleRecord], Cell]] = {
+    "MODULE": lambda module: module.name,
+    "KIND": lambda module: module.kind,
+    "RANK": lambda module: module.rank,
+    "ALPHA": lambda module: module.alpha,
+    "SCALING": lambda module: module.scaling,
+    "IN": lambda module: module.in_features,
+    "OUT": lambda module: module.out_features,
+    "DTYPE": lambda module: module.dtype,
+    "NORM": lambda module: module.delta_norm,
+    "EFFECTIVE RANK": lambda module: module.effective_rank,
+}
+
+
+def _modules(modules: list[ModuleRecord]) -> list[str]:
+    """Return the table of an adapter's modules; spectra follow, a line each, where they were asked for."""
+    rows = [[read(module) for read in _MODULE_COLUMNS.values()] for module in modules]
+    spectra = [f"{m.name}: {' '.join(f'{value:.4g}' for value in m.spectrum)}" for m in modules if m.spectrum]
+    return [*(table(list(_MODULE_COLUMNS), rows) if rows else ()), *spectra]
+
+
+def _hidden(record: Any) -> frozenset[str]:
+    """Return the fields that a person sees elsewhere: in a table, on stderr, or in JSON only."""
+    return frozenset({"warnings", "notes", "modules"} | ({"ranks"} if isinstance(record, VersionRecord) else set()))
+
+
+def _fields(record: Any, hidden: frozenset[str]) -> list[str]:
+    """Return a record as `field  value` lines; empty lists and texts are left out."""
+    shown = [(field.name, getattr(record, field.name)) for field in fields(record) if field.name not in hidden]
+    kept = [(name, value) for name, value in shown if value is not None and value not in ("", [], {})]
+    width = max((len(name) for name, _ in kept), default=0)
+    lines: list[str] = []
+    for name, value in kept:
+        first, *rest = [_text(item) for item in value] if _is_block(value) else [_value(name, value)]
+        lines.append(f"{name.replace('_', ' '):{width}}  {first}")
+        lines.extend(f"{'':{width}}  {line}" for line in rest)
+    return lines
+
+
+def _is_block(value: Any) -> bool:
+    """Say whether a list is shown a line for each item: records, digests and long names."""
+    return isinstance(value, list) and not all(isinstance(item, str) and len(item) < 24 for item in value)
+
+
+def _value(name: str, value: Any) -> str:
+    """Return a field's value; only the name tells sizes and seconds from other numbers."""
+    if name == "bytes" or name.startswith("bytes_"):
+        return f"{size(value)} ({value:,} bytes)"
+    if name == "share_of_base":
+        return f"{value:.3%}"
+    return f"{value:.2f}" if name == "seconds" else _text(value)
+
+
+_PHRASES: dict[type, Callable[[Any], str]] = {
+    BaseReference: lambda base: f"{base.name or 'not registered'} ({short(base.digest)})",
+    FileRecord: lambda file: f"{file.path}  {short(file.digest)}  {size(file.bytes)}",
+    MergedAdapter: lambda adapter: f"{adapter.ref}  {short(adapter.digest)}  weight {adapter.weight:g}",
+    bool: lambda fact: "yes" if fact else "no",
+    int: lambda number: f"{number:,}",
+    float: lambda number: f"{number:.6g}",
+    list: lambda items: ", ".join(map(str, items)),
+    dict: lambda pairs: ", ".join(f"{key}={_text(value)}" for key, value in pairs.items()),
+    Path: str,
+}
+
+
+def _text(value: Any) -> str:
+    """Return a value in a person's words; None is nothing."""
+    if value is None:
+        return ""
+    return _PHRASES.get(type(value), str)(value)

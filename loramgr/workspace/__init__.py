@@ -1,0 +1,9 @@
+"""The use cases of loramgr: what can be done with bases, adapters and merged models."""
+
+from __future__ import annotations
+
+from loramgr.catalog.query import VersionQuery
+from loramgr.workspace.options import AddOptions, MergeOptions
+from loramgr.workspace.workspace import Workspace
+
+__all__ = ["AddOptions", "MergeOptions", "VersionQuery", "Workspace"]

@@ -1,0 +1,253 @@
+"""Use cases about adapters: import a checkpoint, look at versions, write them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loramgr.adapter import Adapter
+from loramgr.catalog.catalog import Writer
+from loramgr.catalog.query import VersionQuery
+from loramgr.catalog.reader import LogState
+from loramgr.checkpoints.staging import staged
+from loramgr.digests import canonical_json
+from loramgr.errors import ConflictError, IncompatibleError, NotFoundError, UsageError
+from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
+from loramgr.formats.examination import Examination
+from loramgr.records import AddedVersion, ExportReport, FileRecord, VersionRecord
+from loramgr.references import check_name, check_tag, is_path
+from loramgr.workspace.home import Home
+from loramgr.workspace.matching import match_base
+from loramgr.workspace.options import AddOptions
+from loramgr.workspace.sources import absolute, find_base, slug
+
+__all__ = ["MANIFEST_SCHEMA", "add_adapter", "export_adapter", "list_versions", "manifest", "publish", "reference"]
+
+MANIFEST_SCHEMA = 1
+_MANY = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An adapter's folder as it was read: what it is, its bytes examined, and the files that a version keeps."""
+
+    folder: Path
+    adapter: Adapter
+    examination: Examination
+    files: list[str]
+
+
+def reference(version: VersionRecord) -> str:
+    """Return how a version is written: `name@vN`."""
+    return f"{version.name}@v{version.version}"
+
+
+def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
+    """Import a checkpoint as a new version, or find the version that it is already.
+
+    Raises IncompatibleError for what cannot be read exactly, does not fit its base, or holds NaN or infinities;
+    ConflictError when a tag belongs to another version.
+    """
+    name = check_name(options.name) if options.name is not None else _natural_name(path)
+    for tag in options.tags:
+        check_tag(tag)
+    checkpoint = _read(path, options)
+    match = match_base(home, checkpoint.adapter, options.base, force=options.force)
+    with home.provisional() as new:
+        files = [replace(new.put_blob(checkpoint.folder / file), path=file) for file in checkpoint.files]
+        version = new.put_manifest(manifest(checkpoint.adapter, files, match.digest))
+        with home.catalog.writing() as writer:
+            existing = _same(writer, name, files, match.digest if options.base is not None else None)
+            if existing is None:
+                content = {
+                    "version": version,
+                    "summary": summary(checkpoint.adapter, checkpoint.examination, files, match.digest),
+                    "parents": _parents(writer, name, options.parents),
+                }
+                record = publish(home, writer, name, content, options)
+            else:
+                record = _annotate(home, writer, existing, options)
+    return AddedVersion(
+        **{field: getattr(record, field) for field in VersionRecord.__dataclass_fields__},
+        created=existing is None,
+        warnings=[*checkpoint.adapter.warnings, *_doubts(checkpoint.examination), *match.warnings],
+    )
+
+
+def list_versions(home: Home, query: VersionQuery) -> list[VersionRecord]:
+    """Return the versions that a query selects; its base may be anything that names one."""
+    if query.base is not None:
+        query = replace(query, base=_base_digest(home, query.base))
+    with home.catalog.reading() as reader:
+        return reader.versions(query)
+
+
+def export_adapter(home: Home, ref: str, output: Path) -> ExportReport:
+    """Write the files of a version as they came, into a folder that appears whole.
+
+    Raises ConflictError when something is there, IntegrityError when the store's copy is damaged.
+    """
+    if is_path(ref):
+        folder = adapter_folder(Path(ref))
+        read_adapter(folder)
+        names = kept_files(folder, ())
+        _copy_out(folder, names, output)
+        return ExportReport(str(output), names, [])
+    with home.catalog.reading() as reader:
+        version = reader.version(ref)
+    names = [file.path for file in version.files]
+    with home.files_of(version) as folder:
+        _copy_out(folder, names, output)
+    return ExportReport(str(output), names, [])
+
+
+def manifest(adapter: Adapter, files: Sequence[FileRecord], base: str | None) -> bytes:
+    """Return the manifest that a version digest names: what a version is, and nothing that happened to it."""
+    return canonical_json(
+        {
+            "schema": MANIFEST_SCHEMA,
+            "method": adapter.method,
+            "files": [asdict(file) for file in sorted(files, key=lambda file: file.path)],
+            "config": adapter.config,
+            "base": base,
+        }
+    )
+
+
+def summary(
+    adapter: Adapter, examination: Examination, files: Sequence[FileRecord], base: str | None
+) -> dict[str, Any]:
+    """Return what the catalog says of a version, as its publish entry records it."""
+    return {
+        "weights_digest": examination.weights_digest,
+        "base": base,
+        "method": adapter.method,
+        "format": adapter.format,
+        "rank": max(adapter.ranks.values(), default=None),
+        "ranks": adapter.ranks,
+        "alpha": adapter.alpha,
+        "scaling": adapter.scaling,
+        "target_modules": sorted(adapter.target_modules),
+        "modules": sorted({name.rpartition(".")[0] for name in adapter.updates}),
+        "parameters": adapter.parameters,
+        "bytes": sum(file.bytes for file in files),
+        "dtype": adapter.dtype,
+        "files": [asdict(file) for file in sorted(files, key=lambda file: file.path)],
+    }
+
+
+def publish(home: Home, writer: Writer, name: str, content: Mapping[str, Any], options: AddOptions) -> VersionRecord:
+    """Give a version the next number of its name; `content` has its digest, summary and parents.
+
+    The caller's transaction sees to it that the number is nobody else's. Raises ConflictError when a tag is taken and
+    IntegrityError when a file has gone from the store meanwhile.
+    """
+    state = writer.log_state("adapter", name)
+    number = 1 if state is None else state.next_number
+    for tag in options.tags:
+        _check_tag_is_free(writer, name, tag, state)
+    for file in content["summary"]["files"]:
+        home.store.blobs.size(file["digest"])
+    said = {
+        "number": number,
+        "message": options.message,
+        "tags": sorted(set(options.tags)),
+        "labels": dict(options.labels),
+        "metrics": dict(options.metrics),
+        "recipe": None,
+    }
+    home.record(writer, "adapter", "publish", name, {**content, **said})
+    return writer.version(f"{name}@v{number}")
+
+
+def _read(path: Path, options: AddOptions) -> Checkpoint:
+    adapter = read_adapter(path)
+    examination = examine(adapter)
+    if examination.non_finite and not options.force:
+        tensors = ", ".join(examination.non_finite[:_MANY])
+        raise IncompatibleError(
+            f"{path}: NaN or infinite values in {tensors}", "train it again, or --force to keep it as it is"
+        )
+    return Checkpoint(adapter_folder(path), adapter, examination, kept_files(path, options.include))
+
+
+def _natural_name(path: Path) -> str:
+    folder = absolute(adapter_folder(path))
+    return slug(folder.parent.name if folder.name.startswith("checkpoint-") else folder.name)
+
+
+def _same(writer: Writer, name: str, files: Sequence[FileRecord], base: str | None) -> VersionRecord | None:
+    """Return the version that has these files already; one of another base than the one asked for is another."""
+    found = writer.find_version_by_files(name, files)
+    if found is None or base is None or (found.base is not None and found.base.digest == base):
+        return found
+    return None
+
+
+def _parents(writer: Writer, name: str, asked: Sequence[str]) -> list[dict[str, str]]:
+    if asked:
+        parents = [writer.version(ref) for ref in asked]
+    else:
+        state = writer.log_state("adapter", name)
+        parents = [] if state is None or state.removed else writer.log(name)[:1]
+    return [{"ref": reference(parent), "digest": parent.digest} for parent in parents]
+
+
+def _annotate(home: Home, writer: Writer, version: VersionRecord, options: AddOptions) -> VersionRecord:
+    """Say of a version that is there already what a new one would have been published with."""
+    for tag in options.tags:
+        if tag not in version.tags:
+            _check_tag_is_free(writer, version.name, tag, writer.log_state("adapter", version.name))
+            home.record(writer, "adapter", "tag", version.name, {"tag": tag, "number": version.version})
+    for kind, values, known in (
+        ("label", options.labels, version.labels),
+        ("metric", options.metrics, version.metrics),
+    ):
+        new = {key: value for key, value in values.items() if known.get(key) != value}
+        if new:
+            home.record(writer, "adapter", kind, version.name, {"number": version.version, f"{kind}s": new})
+    return writer.version(reference(version))
+
+
+def _check_tag_is_free(writer: Writer, name: str, tag: str, state: LogState | None) -> None:
+    if state is None or state.removed:
+        return
+    with suppress(NotFoundError):
+        holder = writer.version(f"{name}@{tag}")
+        raise ConflictError(
+            f"the tag {tag} is on {reference(holder)}", f"add it without the tag, then loramgr tag {name} {tag} --move"
+        )
+
+
+def _doubts(examination: Examination) -> list[str]:
+    zero = examination.zero_updates
+    if not zero:
+        return []
+    more = f" and {len(zero) - _MANY} more" if len(zero) > _MANY else ""
+    return [f"the update is zero, it changes nothing: {', '.join(zero[:_MANY])}{more}"]
+
+
+def _base_digest(home: Home, text: str) -> str:
+    try:
+        return find_base(home, text).digest if is_path(text) else _registered(home, text)
+    except UsageError:
+        raise
+    except NotFoundError:
+        if text.startswith("sha256:"):  # versions may belong to a base that is not registered here
+            return text
+        raise
+
+
+def _registered(home: Home, text: str) -> str:
+    with home.catalog.reading() as reader:
+        return reader.base(text).digest
+
+
+def _copy_out(folder: Path, names: Sequence[str], output: Path) -> None:
+    from loramgr.checkpoints.output import copy_files
+
+    with staged(output) as stage:
+        copy_files(folder, stage, names)

@@ -1,0 +1,156 @@
+"""What an adapter is, seen through its tensors: per-module norms and ranks, and whether it can be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loramgr.adapter import Adapter, LowRank, Replacement, Rows, Shift, Update
+from loramgr.catalog.reader import Reader
+from loramgr.digests import digest_bytes, digest_file
+from loramgr.errors import IncompatibleError, LoramgrError
+from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
+from loramgr.formats.examination import Examination
+from loramgr.records import BaseReference, FileRecord, InspectReport, ModuleRecord, VersionRecord
+from loramgr.references import is_path
+from loramgr.workspace.adapters import manifest, summary
+from loramgr.workspace.home import Home
+from loramgr.workspace.matching import check_fits
+from loramgr.workspace.sources import slug
+
+__all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
+
+
+@contextmanager
+def open_adapter(home: Home, ref: str) -> Iterator[tuple[VersionRecord, Adapter, Path]]:
+    """Give a version, its adapter and the folder of its files, from the store or, for a path, from disk."""
+    if is_path(ref):
+        folder = adapter_folder(Path(ref))
+        adapter = read_adapter(folder)
+        yield version_of_folder(home, folder, adapter), adapter, folder
+        return
+    with home.catalog.reading() as reader:
+        version = reader.version(ref)
+    with home.files_of(version) as folder:
+        yield version, read_adapter(folder), folder
+
+
+def version_of_folder(home: Home, folder: Path, adapter: Adapter) -> VersionRecord:
+    """Return the record that an adapter on disk would be published with; its version is 0, since it has none."""
+    sizes = {name: (folder / name).stat().st_size for name in kept_files(folder, ())}
+    files = [FileRecord(name, digest_file(folder / name), size) for name, size in sizes.items()]
+    digest = adapter.base_digest
+    with home.catalog.reading() as reader:
+        base = None if digest is None else BaseReference(_base_name(reader, digest), digest)
+    facts = summary(adapter, examine(adapter), files, digest)
+    shared = {key: facts[key] for key in facts.keys() & VersionRecord.__dataclass_fields__.keys()}
+    changed = max((folder / name).stat().st_mtime for name in sizes)
+    return VersionRecord(
+        **{
+            **shared,
+            "name": slug(folder.name),
+            "version": 0,
+            "digest": digest_bytes(manifest(adapter, files, digest)),
+            "base": base,
+            "files": files,
+            "parents": [],
+            "tags": [],
+            "labels": {},
+            "metrics": {},
+            "message": "",
+            "created_at": datetime.fromtimestamp(changed, UTC).isoformat().replace("+00:00", "Z"),
+        }
+    )
+
+
+def inspect_adapter(home: Home, ref: str, *, spectrum: bool) -> InspectReport:
+    """Report what an adapter's tensors say; `ref` may be a path, which needs no catalog entry."""
+    with open_adapter(home, ref) as (version, adapter, _):
+        examination = examine(adapter)
+        modules = [_module(name, update, spectrum=spectrum) for name, update in sorted(adapter.updates.items())]
+        reason = _obstacle(home, version, adapter, examination)
+        share = _share(home, version)
+    return InspectReport(
+        **{field: getattr(version, field) for field in VersionRecord.__dataclass_fields__},
+        modules=modules,
+        warnings=[*adapter.warnings, *_zero(examination)],
+        mergeable=reason is None,
+        reason=reason,
+        share_of_base=share,
+    )
+
+
+def _module(name: str, update: Update, *, spectrum: bool) -> ModuleRecord:
+    if isinstance(update, LowRank):
+        return _low_rank_module(name.removesuffix(".weight"), update, spectrum=spectrum)
+    match update:
+        case Shift():
+            kind, spec = "bias", update.vector.spec
+        case Rows():
+            kind, spec = "tokens", update.rows.spec
+        case Replacement():
+            kind, spec = "bias" if name.endswith(".bias") else "saved", update.tensor.spec
+    inputs = spec.shape[1] if len(spec.shape) == 2 else None
+    outputs = spec.shape[0] if spec.shape else None
+    return ModuleRecord(name.removesuffix(".weight"), kind, None, None, None, inputs, outputs, spec.dtype, None, None)
+
+
+def _low_rank_module(name: str, update: LowRank, *, spectrum: bool) -> ModuleRecord:
+    from loramgr.algebra.spectrum import effective_rank, frobenius_norm, singular_values
+
+    kind = {"linear": "conv1d" if update.fan_in_fan_out else "linear", "embedding": "embedding"}.get(
+        update.kind, f"conv{len(update.lora_A.spec.shape) - 2}d"
+    )
+    values = singular_values(update.lora_A.load().flatten(1), update.lora_B.load().flatten(1), update.scaling)
+    in_features, out_features = update.lora_A.spec.shape[1], update.lora_B.spec.shape[0]
+    finite = bool(values.isfinite().all())
+    return ModuleRecord(
+        name,
+        kind,
+        update.rank,
+        update.alpha,
+        update.scaling,
+        in_features,
+        out_features,
+        update.lora_A.spec.dtype,
+        frobenius_norm(values) if finite else None,
+        effective_rank(values) if finite else None,
+        values.tolist() if spectrum and finite else None,
+    )
+
+
+def _obstacle(home: Home, version: VersionRecord, adapter: Adapter, examination: Examination) -> str | None:
+    """Return why the adapter cannot be merged, None when nothing is known against it."""
+    if examination.non_finite:
+        return f"NaN or infinite values in {examination.non_finite[0]}"
+    if version.base is None:
+        return None
+    with home.catalog.reading() as reader:
+        bases = reader.bases_with_digest(version.base.digest)
+    try:
+        for base in bases[:1]:
+            check_fits(home, adapter, base)
+    except IncompatibleError as error:
+        return error.message
+    except LoramgrError as error:
+        return f"could not be checked: {error.message}"
+    return None
+
+
+def _share(home: Home, version: VersionRecord) -> float | None:
+    if version.base is None:
+        return None
+    with home.catalog.reading() as reader:
+        bases = reader.bases_with_digest(version.base.digest)
+    return version.parameters / bases[0].parameters if bases else None
+
+
+def _zero(examination: Examination) -> list[str]:
+    return [f"{module}: the update is zero, it changes nothing" for module in examination.zero_updates]
+
+
+def _base_name(reader: Reader, digest: str) -> str | None:
+    bases = reader.bases_with_digest(digest)
+    return bases[0].name if bases else None

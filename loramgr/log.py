@@ -63,7 +63,7 @@ class Entry:
     def decode(cls, data: bytes) -> Entry:
         """Read an entry back; IntegrityError for anything that is not one of this schema."""
         try:
-            content = json.loads(data)
+            content = json.loads(data, parse_int=_number)
             schema = content.pop("schema")
             entry = cls(**{field.name: content.pop(field.name) for field in fields(cls)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -74,3 +74,9 @@ class Entry:
                 "upgrade loramgr",
             )
         return entry
+
+
+def _number(digits: str) -> int | float:
+    """Read an integer beyond 2^53 as the float it was: RFC 8785 writes 1e20 as its digits and takes no such integer."""
+    number = int(digits)
+    return number if abs(number) < 1 << 53 else float(number)

@@ -65,21 +65,27 @@ def fold(connection: Connection, uuid: str, entries: Iterable[Entry]) -> Rebuild
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the write lock of the catalog that is there; a damaged one has none that anybody could hold."""
+    """Hold the write lock of the catalog that is there; an absent or damaged one has none that anybody could hold."""
     with ExitStack() as stack:
-        if path.exists():
+        locked = False
+        if path.exists() and path.stat().st_size:
             with suppress(IntegrityError):
                 stack.enter_context(transaction(open_engine(path), WRITE, path))
+                locked = True
+        if not locked:
+            _journal(path).unlink(missing_ok=True)  # SQLite would roll it into the new catalog
         yield
 
 
 def _appear(built: Path, path: Path, *, replace: bool) -> None:
-    journal = path.with_name(f"{path.name}-journal")
     if replace:
-        journal.unlink(missing_ok=True)  # it belongs to a damaged or lost catalog and would be rolled into the new one
         built.replace(path)
-    elif journal.exists():
+    elif _journal(path).exists() and not path.exists():  # in this order: another process may be making it
         raise IntegrityError(f"{path}: the catalog is gone, but its journal is there", "loramgr db rebuild")
     else:
         appear(built, path)
     sync_folder(path.parent)
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")

@@ -118,8 +118,10 @@ def _renaming(updates: Mapping[str, Update], base: _Base) -> Renaming:
     known = base.specs.keys() | base.tied.keys()
     required = {name for name, update in updates.items() if _must_exist(name, update, updates)}
     carried = {name for name, update in updates.items() if not isinstance(update, Replacement)}
+    # a head stands outside of the model that carries the prefix, so it says nothing about the prefix
+    heads = {name for name in required if is_output_head(name) and name in known}
     if required or carried:
-        return find_renaming(required or carried, known)
+        return find_renaming(required - heads or required or carried, known)
     return _renaming_of_saved(sorted(updates), known)
 
 
@@ -188,7 +190,7 @@ def _refuse_unclear(bound: Sequence[BoundUpdate], ties: Sequence[TieGroup]) -> N
     for update in bound:
         if not guessed.isdisjoint({update.target, update.tied_source}):
             raise IncompatibleError(
-                f"{update.target}: the base may tie its output head to its embeddings, and its config.json does not say",
+                f"{update.target}: the base may tie its output head to its embeddings, and no config.json says",
                 "set tie_word_embeddings to false in the base's config.json if it has no tied head",
             )
 

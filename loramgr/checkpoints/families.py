@@ -131,7 +131,7 @@ _FAMILIES = (
 _BY_TYPE = {name: family for family in _FAMILIES for name in f"{family.tied} {family.untied}".split()}
 _HEAD_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration",
                  "DoubleHeadsModel", "BertGenerationDecoder", "MTModel")  # fmt: skip
-_SEPARATE_HEADS = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
+_SIDE_EMBEDDINGS = frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"})
 _EXTRA_SUFFIXES = ("decoder.output_projection.weight", "text_decoder_postnet.lm_head.weight", "output.weight",
                    "encoder.word_embeddings.weight", "decoder.word_embeddings.weight")  # fmt: skip
 
@@ -181,7 +181,7 @@ def tied_suffixes(names: Collection[str]) -> tuple[str, ...]:
     """
     endings = _HEADS | set(_EXTRA_SUFFIXES)
     if any(_ends_with(name, "shared.weight") for name in names):
-        endings |= _SEPARATE_HEADS
+        endings |= _SIDE_EMBEDDINGS
     return tuple(sorted(endings))
 
 

@@ -78,11 +78,6 @@ class Checkpoint:
     other_files: tuple[str, ...]
 
     @property
-    def locations(self) -> dict[str, WeightFile]:
-        """Tensor name → the file that holds it."""
-        return {name: file for file in self.files for name in file.tensors}
-
-    @property
     def index_metadata(self) -> dict[str, Any] | None:
         """The index file's metadata, None without an index or without metadata in it."""
         metadata = None if self.index is None else self.index.get("metadata")

@@ -36,8 +36,8 @@ def add(session: Session, /, path: Path, **options: Any) -> None:
     """
     from loramgr.workspace import AddOptions
 
-    named = {key: dict(options.pop(key)) for key in ("labels", "metrics")}
-    session.sink.show(session.workspace().add(path, AddOptions(**options, **named)))
+    options |= {key: dict(options[key]) for key in ("labels", "metrics")}
+    session.sink.show(session.workspace().add(path, AddOptions(**options)))
 
 
 @click.command(cls=Command)

@@ -81,13 +81,14 @@ def rename(session: Session, name: str, new: str) -> None:
 @click.command(cls=Command)
 @ref_argument
 @base_argument
+@force_option
 @click.pass_obj
-def bind(session: Session, ref: str, base: str) -> None:
+def bind(session: Session, ref: str, base: str, force: bool) -> None:
     """Tie an adapter to a base: a new version.
 
     For one that came without a base; its names and shapes are checked against the base first.
     """
-    session.sink.show(session.workspace().bind(ref, base))
+    session.sink.show(session.workspace().bind(ref, base, force=force))
 
 
 @click.command(cls=Command)

@@ -37,7 +37,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
     """Return aligned lines under their headings; numbers stand on the right, None is a dash."""
     cells = [list(headings), *([_cell(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [all(isinstance(cell, int | float) for cell in column) for column in zip(*rows, strict=True)]
+    numeric = [all(isinstance(cell, int | float | None) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
             text.rjust(width) if right else text.ljust(width)
@@ -77,11 +77,13 @@ def render(record: Any) -> list[str]:
 
 
 def _rows(records: list[Any]) -> list[str]:
-    """Return a table of records of one kind; nothing when there are none."""
+    """Return a table of records of one kind, without the columns that say nothing; no line when there are none."""
     if not records:
         return []
     columns = _BASE_COLUMNS if isinstance(records[0], BaseRecord) else _VERSION_COLUMNS
-    return table(list(columns), [[read(record) for read in columns.values()] for record in records])
+    read = {heading: [value(record) for record in records] for heading, value in columns.items()}
+    told = {heading: cells for heading, cells in read.items() if any(cell not in (None, "") for cell in cells)}
+    return table(list(told), list(zip(*told.values(), strict=True)))
 
 
 _BASE_COLUMNS: dict[str, Callable[[BaseRecord], Cell]] = {
@@ -104,7 +106,7 @@ _VERSION_COLUMNS: dict[str, Callable[[VersionRecord], Cell]] = {
     "PARENTS": lambda version: _text(version.parents),
     "TAGS": lambda version: _text(version.tags),
     "METRICS": lambda version: _text(version.metrics),
-    "CREATED": lambda version: version.created_at,
+    "CREATED": lambda version: version.created_at[:19].replace("T", " "),
     "MESSAGE": lambda version: version.message,
 }
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from loramgr.algebra.terms import Term
 
-__all__ = ["Merger", "pick_device", "rounded"]
+__all__ = ["Merger", "pick_device"]
 
 
 def pick_device(asked: str) -> tuple[str, str | None]:
@@ -57,6 +57,7 @@ class Merger:
         contribution that brings the whole tensor takes its place, whatever its weight. Raises IncompatibleError,
         naming the tensor, when the result is not finite.
         """
+        from loramgr.algebra.casting import rounded
         from loramgr.algebra.exact import merge_exact
         from loramgr.tensors import torch_dtype
 
@@ -70,13 +71,6 @@ class Merger:
         if not self.force:
             _refuse_non_finite(target.name, merged, contributions)
         return merged.contiguous()
-
-
-def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor in another floating-point dtype, every value rounded once; itself when it has that dtype."""
-    from loramgr.algebra.rounding import round_float64
-
-    return tensor if tensor.dtype == dtype else round_float64(tensor.double(), dtype)
 
 
 def _terms(weight: torch.Tensor | None, contributions: Sequence[Contribution]) -> tuple[torch.Tensor, list[Term], bool]:

@@ -64,7 +64,7 @@ Contributions = dict[str, list[Contribution]]
 def collect(base: OpenBase, picks: Sequence[Pick], replacements_of: str | None, *, keep_tied: bool) -> Contributions:
     """Return every tensor's contributions, in the order of the adapters.
 
-    Tables that are the base's own bytes are dropped from their updates. Of several replacements of one tensor only
+    Tables that are the base's own tensor, in its dtype, are dropped from their updates. Of several replacements of one tensor only
     one may count: the chosen adapter's, or all are the same and have weight 1; else IncompatibleError.
     """
     found: Contributions = {}
@@ -148,11 +148,20 @@ def _without_own_table(base: OpenBase, bound: BoundUpdate) -> Update:
     update = bound.update
     if isinstance(update, Replacement) or update.table is None:
         return update
-    known, spec = base.tensors.get(bound.tied_source or bound.target), update.table.spec
-    if known is None or (known.dtype, known.shape) != (spec.dtype, spec.shape):
+    known = base.tensors.get(bound.tied_source or bound.target)
+    if known is None or known.shape != update.table.spec.shape:
         return update
-    same = hashlib.sha256(update.table.read_bytes()).hexdigest() == known.sha256
-    return replace(update, table=None) if same else update
+    return replace(update, table=None) if _sha256_as(update.table, known.dtype) == known.sha256 else update
+
+
+def _sha256_as(view: TensorView, dtype: str) -> str:
+    """Return the sha256 of a tensor's bytes in the base's dtype, in which PEFT would load it."""
+    if view.spec.dtype == dtype:
+        return hashlib.sha256(view.read_bytes()).hexdigest()
+    from loramgr.algebra.casting import rounded
+    from loramgr.tensors import as_bytes, torch_dtype
+
+    return hashlib.sha256(as_bytes(rounded(view.load(), torch_dtype(dtype)))).hexdigest()
 
 
 def _one_replacement(target: str, items: list[Contribution], chosen: str | None) -> list[Contribution]:

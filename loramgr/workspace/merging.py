@@ -21,7 +21,7 @@ from loramgr.errors import IntegrityError, UsageError
 from loramgr.records import MergedAdapter, MergeReport
 from loramgr.references import is_path, parse_weighted
 from loramgr.workspace.adapters import reference
-from loramgr.workspace.computing import Merger, pick_device, rounded
+from loramgr.workspace.computing import Merger, pick_device
 from loramgr.workspace.contributions import Pick
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
@@ -106,6 +106,7 @@ class Producer:
             weight = from_bytes(bytes(data), self._plan.base.checkpoint.tensors[target.source].spec)
         if target.contributions:
             return as_bytes(self._merger.merge(target.spec, weight, target.contributions))
+        from loramgr.algebra.casting import rounded
         from loramgr.tensors import torch_dtype
 
         assert weight is not None

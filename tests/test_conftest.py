@@ -1,0 +1,40 @@
+"""The rule that nothing is skipped where everything has to run, seen from outside."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = {
+    "test_skips.py": "import pytest\n\ndef test_it():\n    pytest.skip('no server')\n",
+    "test_skips_whole.py": "import pytest\n\npytest.skip('no server', allow_module_level=True)\n",
+    "test_lacks_data.py": "import pytest\n\ndef test_it():\n    pytest.skip('shared data is absent')\n",
+    "test_fails_as_known.py": "import pytest\n\n@pytest.mark.xfail\ndef test_it():\n    assert False\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "failing"),
+    [
+        ({}, set()),
+        ({"CI": "true"}, {"test_skips.py", "test_skips_whole.py"}),
+        ({"LORAMGR_REQUIRE_SERVERS": "1"}, {"test_skips.py", "test_skips_whole.py"}),
+    ],
+)
+def test_a_skip_passes_only_where_it_may(
+    setting: dict[str, str], failing: set[str], root: Path, tmp_path: Path
+) -> None:
+    shutil.copy(root / "tests" / "conftest.py", tmp_path)
+    for name, source in SOURCES.items():
+        (tmp_path / name).write_text(source)
+    environment = {name: value for name, value in os.environ.items() if name not in {"CI", "LORAMGR_REQUIRE_SERVERS"}}
+    command = [sys.executable, "-m", "pytest", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment | setting, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert set(re.findall(r"^(?:FAILED|ERROR) (\w+\.py)", done.stdout, re.MULTILINE)) == failing, done.stdout
+    assert bool(done.returncode) == bool(failing)

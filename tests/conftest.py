@@ -47,7 +47,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a home of its own and no settings of the person's."""
-    for name in [name for name in os.environ if name.startswith("LORAMGR_") and name != "LORAMGR_SOAK"]:
+    for name in [name for name in os.environ if name.startswith(("LORAMGR_", "HF_")) and name != "LORAMGR_SOAK"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LORAMGR_HOME", str(tmp_path / "default-home"))
 

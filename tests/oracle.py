@@ -27,7 +27,7 @@ _BITS = {
 
 @dataclass
 class Expected:
-    """An exact matrix: `value` in extended precision, off by `error` at most, and `exactly(i, j)` for single entries."""
+    """An exact matrix: `value` in extended precision, off by at most `error`; `exactly(i, j)` for single entries."""
 
     value: np.ndarray
     error: np.ndarray

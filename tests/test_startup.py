@@ -34,10 +34,10 @@ def imports(*arguments: str, home: Path, **environment: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """Return a home with one adapter, made by another process."""
     home = tmp_path_factory.mktemp("home")
-    adapter = shared_data / "trained" / "tinyllama-char" / "lic-r8-qv"
+    adapter = root / "examples" / "minilm" / "lic-r8-qv"
     command = [sys.executable, "-m", "loramgr", "--home", home, "add", adapter, "--name", "lic"]
     subprocess.run(command, check=True, capture_output=True)
     return home

@@ -10,11 +10,10 @@ from typing import Any
 
 from loramgr.adapter import Adapter
 from loramgr.catalog.catalog import Writer
-from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.reader import LogState
 from loramgr.checkpoints.staging import staged
 from loramgr.digests import canonical_json
-from loramgr.errors import ConflictError, IncompatibleError, NotFoundError, UsageError
+from loramgr.errors import ConflictError, IncompatibleError, NotFoundError
 from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
 from loramgr.formats.examination import Examination
 from loramgr.records import AddedVersion, ExportReport, FileRecord, VersionRecord
@@ -22,9 +21,9 @@ from loramgr.references import check_name, check_tag, is_path
 from loramgr.workspace.home import Home
 from loramgr.workspace.matching import match_base
 from loramgr.workspace.options import AddOptions
-from loramgr.workspace.sources import absolute, find_base, slug
+from loramgr.workspace.sources import absolute, slug
 
-__all__ = ["MANIFEST_SCHEMA", "add_adapter", "export_adapter", "list_versions", "manifest", "publish", "reference"]
+__all__ = ["MANIFEST_SCHEMA", "add_adapter", "export_adapter", "manifest", "publish", "reference"]
 
 MANIFEST_SCHEMA = 1
 _MANY = 5
@@ -59,7 +58,7 @@ def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
     with home.provisional() as new:
         files = [replace(new.put_blob(checkpoint.folder / file), path=file) for file in checkpoint.files]
         version = new.put_manifest(manifest(checkpoint.adapter, files, match.digest))
-        with home.catalog.writing() as writer:
+        with home.writing() as writer:
             existing = _same(writer, name, files, match.digest if options.base is not None else None)
             if existing is None:
                 content = {
@@ -75,14 +74,6 @@ def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
         created=existing is None,
         warnings=[*checkpoint.adapter.warnings, *_doubts(checkpoint.examination), *match.warnings],
     )
-
-
-def list_versions(home: Home, query: VersionQuery) -> list[VersionRecord]:
-    """Return the versions that a query selects; its base may be anything that names one."""
-    if query.base is not None:
-        query = replace(query, base=_base_digest(home, query.base))
-    with home.catalog.reading() as reader:
-        return reader.versions(query)
 
 
 def export_adapter(home: Home, ref: str, output: Path) -> ExportReport:
@@ -228,22 +219,6 @@ def _doubts(examination: Examination) -> list[str]:
         return []
     more = f" and {len(zero) - _MANY} more" if len(zero) > _MANY else ""
     return [f"the update is zero, it changes nothing: {', '.join(zero[:_MANY])}{more}"]
-
-
-def _base_digest(home: Home, text: str) -> str:
-    try:
-        return find_base(home, text).digest if is_path(text) else _registered(home, text)
-    except UsageError:
-        raise
-    except NotFoundError:
-        if text.startswith("sha256:"):  # versions may belong to a base that is not registered here
-            return text
-        raise
-
-
-def _registered(home: Home, text: str) -> str:
-    with home.catalog.reading() as reader:
-        return reader.base(text).digest
 
 
 def _copy_out(folder: Path, names: Sequence[str], output: Path) -> None:

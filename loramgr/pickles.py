@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def read_pickle(path: Path) -> dict[str, MemoryTensor]:
     if head == LFS_MAGIC:
         raise IncompatibleError(f"{path}: this is a Git LFS pointer, not the weights themselves", "git lfs pull")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
@@ -66,7 +69,7 @@ def _refusal(path: Path, error: Exception) -> IncompatibleError | IntegrityError
     text = str(error)
     if any(phrase in text for phrase in unsafe):
         return IncompatibleError(
-            f"{path}: the pickle asks for code to be run, and loramgr runs none: {_asked_for(text)}",
+            f"{path}: the pickle holds more than tensors, or code to be run, and loramgr runs none: {_asked_for(text)}",
             "save it as safetensors where you trust it",
         )
     return IntegrityError(f"{path}: not a readable PyTorch file: {_first_line(error)}")

@@ -8,7 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 from loramgr.adapter import Adapter, Replacement, Rows, Shift, Update
-from loramgr.checkpoints.families import TieGroup, is_input_embedding, is_output_head, is_vocabulary
+from loramgr.checkpoints.families import (
+    TASKS_WITHOUT_VOCABULARY_HEAD,
+    TieGroup,
+    is_input_embedding,
+    is_output_head,
+    is_vocabulary,
+)
 from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renamings
 from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, refuse_quantized
 from loramgr.checkpoints.tying import keep_tied
@@ -16,8 +22,6 @@ from loramgr.errors import IncompatibleError
 from loramgr.tensorfile import TensorSpec
 
 __all__ = ["Binding", "BoundUpdate", "bind"]
-
-_TASKS_WITHOUT_VOCABULARY_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +210,7 @@ def _vocabulary(bound: Sequence[BoundUpdate], base: _Base, adapter: Adapter) -> 
     if not resized:
         return None
     old, new = next(iter(resized.values()))
-    heads_kept = adapter.task_type not in _TASKS_WITHOUT_VOCABULARY_HEAD
+    heads_kept = adapter.task_type not in TASKS_WITHOUT_VOCABULARY_HEAD
     for name in sorted([*base.specs, *base.tied]):
         spec = base.spec(name)
         follows = adapter.keeps_ties and name in base.tied

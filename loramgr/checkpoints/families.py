@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "CONV1D_MODULES",
     "CONV1D_TYPES",
+    "TASKS_WITHOUT_VOCABULARY_HEAD",
     "TieGroup",
     "can_untie",
     "is_input_embedding",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 CONV1D_TYPES = frozenset({"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"})
+# as PEFT spells them: the model's class for the task leaves the head over the vocabulary out
+TASKS_WITHOUT_VOCABULARY_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 
 from loramgr.adapter import Adapter, Replacement, Update
 from loramgr.checkpoints.binding import Binding, BoundUpdate
-from loramgr.checkpoints.families import TieGroup, is_output_head
+from loramgr.checkpoints.families import TASKS_WITHOUT_VOCABULARY_HEAD, TieGroup, is_output_head
 from loramgr.errors import IncompatibleError
 from loramgr.records import VersionRecord
 from loramgr.tensorfile import TensorView
 from loramgr.workspace.sources import OpenBase
 
 __all__ = ["Contribution", "Pick", "collect", "part_ties", "whole_tensor"]
-
-_WITHOUT_LANGUAGE_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +62,8 @@ Contributions = dict[str, list[Contribution]]
 def collect(base: OpenBase, picks: Sequence[Pick], replacements_of: str | None, *, keep_tied: bool) -> Contributions:
     """Return every tensor's contributions, in the order of the adapters.
 
-    Tables that are the base's own tensor, in its dtype, are dropped from their updates. Of several replacements of one tensor only
-    one may count: the chosen adapter's, or all are the same and have weight 1; else IncompatibleError.
+    Tables that are the base's own tensor, in its dtype, are dropped from their updates. Of several replacements of
+    one tensor only one may count: the chosen adapter's, or all are the same and have weight 1; else IncompatibleError.
     """
     found: Contributions = {}
     for pick in picks:
@@ -90,7 +88,7 @@ def part_ties(
     parts when its names would differ: an adapter that keeps ties acts on all of its names, any other on the one it
     names. When one group parts, all do, since a configuration has one switch for them.
     """
-    headless = any(pick.adapter.task_type in _WITHOUT_LANGUAGE_HEAD for pick in picks)
+    headless = any(pick.adapter.task_type in TASKS_WITHOUT_VOCABULARY_HEAD for pick in picks)
     groups = [kept for group in base.ties if (kept := _living(group, headless=headless)).tied]
     members = {group.source: _by_member(group, contributions, keep_tied=keep_tied) for group in groups}
     if all(_all_equal(list(named.values())) for named in members.values()):

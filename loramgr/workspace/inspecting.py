@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from loramgr.records import BaseReference, FileRecord, InspectReport, ModuleReco
 from loramgr.references import is_path
 from loramgr.workspace.adapters import manifest, summary
 from loramgr.workspace.home import Home
-from loramgr.workspace.matching import check_fits
+from loramgr.workspace.matching import bind_registered
 from loramgr.workspace.sources import slug
 
 __all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
@@ -69,22 +70,53 @@ def inspect_adapter(home: Home, ref: str, *, spectrum: bool) -> InspectReport:
     """Report what an adapter's tensors say; `ref` may be a path, which needs no catalog entry."""
     with open_adapter(home, ref) as (version, adapter, _):
         examination = examine(adapter)
-        modules = [_module(name, update, spectrum=spectrum) for name, update in sorted(adapter.updates.items())]
-        reason = _obstacle(home, version, adapter, examination)
-        share = _share(home, version)
+        fit = _fit(home, version, adapter, examination)
+        modules = [
+            _module(name, update, fit.kinds.get(name), spectrum=spectrum)
+            for name, update in sorted(adapter.updates.items())
+        ]
     return InspectReport(
         **{field: getattr(version, field) for field in VersionRecord.__dataclass_fields__},
         modules=modules,
         warnings=[*adapter.warnings, *_zero(examination)],
-        mergeable=reason is None,
-        reason=reason,
-        share_of_base=share,
+        mergeable=fit.obstacle is None,
+        reason=fit.obstacle,
+        share_of_base=fit.share,
     )
 
 
-def _module(name: str, update: Update, *, spectrum: bool) -> ModuleRecord:
+@dataclass(frozen=True)
+class _Fit:
+    """How an adapter lies on its base: why it cannot be merged, the kind of every bound update, its share of weights.
+
+    None and empty where no base is registered.
+    """
+
+    obstacle: str | None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    share: float | None = None
+
+
+def _fit(home: Home, version: VersionRecord, adapter: Adapter, examination: Examination) -> _Fit:
+    obstacle = f"NaN or infinite values in {examination.non_finite[0]}" if examination.non_finite else None
+    with home.catalog.reading() as reader:
+        bases = [] if version.base is None else reader.bases_with_digest(version.base.digest)
+    if not bases:
+        return _Fit(obstacle)
+    share = version.parameters / bases[0].parameters
+    try:
+        bound = bind_registered(home, adapter, bases[0]).updates
+    except IncompatibleError as error:
+        return _Fit(obstacle or error.message, share=share)
+    except LoramgrError as error:
+        return _Fit(obstacle or f"could not be checked: {error.message}", share=share)
+    return _Fit(obstacle, {update.name: update.kind for update in bound}, share)
+
+
+def _module(name: str, update: Update, kind: str | None, *, spectrum: bool) -> ModuleRecord:
+    """Describe one update; `kind` is what it is on the base, None to go by the adapter alone."""
     if isinstance(update, LowRank):
-        return _low_rank_module(name.removesuffix(".weight"), update, spectrum=spectrum)
+        return _low_rank_module(name.removesuffix(".weight"), update, kind, spectrum=spectrum)
     match update:
         case Shift():
             kind, spec = "bias", update.vector.spec
@@ -97,54 +129,31 @@ def _module(name: str, update: Update, *, spectrum: bool) -> ModuleRecord:
     return ModuleRecord(name.removesuffix(".weight"), kind, None, None, None, inputs, outputs, spec.dtype, None, None)
 
 
-def _low_rank_module(name: str, update: LowRank, *, spectrum: bool) -> ModuleRecord:
+def _low_rank_module(name: str, update: LowRank, kind: str | None, *, spectrum: bool) -> ModuleRecord:
     from loramgr.algebra.spectrum import effective_rank, frobenius_norm, singular_values
 
-    kind = {"linear": "conv1d" if update.fan_in_fan_out else "linear", "embedding": "embedding"}.get(
-        update.kind, f"conv{len(update.lora_A.spec.shape) - 2}d"
-    )
     values = singular_values(update.lora_A.load().flatten(1), update.lora_B.load().flatten(1), update.scaling)
-    in_features, out_features = update.lora_A.spec.shape[1], update.lora_B.spec.shape[0]
     finite = bool(values.isfinite().all())
     return ModuleRecord(
-        name,
-        kind,
-        update.rank,
-        update.alpha,
-        update.scaling,
-        in_features,
-        out_features,
-        update.lora_A.spec.dtype,
-        frobenius_norm(values) if finite else None,
-        effective_rank(values) if finite else None,
-        values.tolist() if spectrum and finite else None,
+        name=name,
+        kind=kind or _kind_alone(update),
+        rank=update.rank,
+        alpha=update.alpha,
+        scaling=update.scaling,
+        in_features=update.lora_A.spec.shape[1],
+        out_features=update.lora_B.spec.shape[0],
+        dtype=update.lora_A.spec.dtype,
+        delta_norm=frobenius_norm(values) if finite else None,
+        effective_rank=effective_rank(values) if finite else None,
+        spectrum=values.tolist() if spectrum and finite else None,
     )
 
 
-def _obstacle(home: Home, version: VersionRecord, adapter: Adapter, examination: Examination) -> str | None:
-    """Return why the adapter cannot be merged, None when nothing is known against it."""
-    if examination.non_finite:
-        return f"NaN or infinite values in {examination.non_finite[0]}"
-    if version.base is None:
-        return None
-    with home.catalog.reading() as reader:
-        bases = reader.bases_with_digest(version.base.digest)
-    try:
-        for base in bases[:1]:
-            check_fits(home, adapter, base)
-    except IncompatibleError as error:
-        return error.message
-    except LoramgrError as error:
-        return f"could not be checked: {error.message}"
-    return None
-
-
-def _share(home: Home, version: VersionRecord) -> float | None:
-    if version.base is None:
-        return None
-    with home.catalog.reading() as reader:
-        bases = reader.bases_with_digest(version.base.digest)
-    return version.parameters / bases[0].parameters if bases else None
+def _kind_alone(update: LowRank) -> str:
+    """Return the kind of a low-rank update as far as the adapter says."""
+    if update.kind == "conv":
+        return f"conv{len(update.lora_A.spec.shape) - 2}d"
+    return "conv1d" if update.kind == "linear" and update.fan_in_fan_out else update.kind
 
 
 def _zero(examination: Examination) -> list[str]:

@@ -17,7 +17,7 @@ from loramgr.tensorfile import TensorSpec
 from loramgr.workspace.home import Home
 from loramgr.workspace.sources import OpenBase, find_base, is_outside, open_source, slug
 
-__all__ = ["Match", "bind_to", "check_fits", "match_base"]
+__all__ = ["Match", "bind_registered", "bind_to", "match_base"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +50,16 @@ def match_base(home: Home, adapter: Adapter, asked: str | None, *, force: bool) 
     return Match(None, (f"no base: {why}.{said} Tie it to one with `loramgr bind`.",))
 
 
-def check_fits(home: Home, adapter: Adapter, base: BaseRecord) -> None:
-    """Raise IncompatibleError when the adapter does not fit the registered base, by its tensors' names and shapes."""
+def bind_registered(home: Home, adapter: Adapter, base: BaseRecord) -> Binding:
+    """Bind an adapter's updates to a registered base by names and shapes; IncompatibleError when they do not fit."""
     tensors = parse_tensor_lines(home.store.blobs.get(base.digest))
     specs = {name: _spec(tensor) for name, tensor in tensors.items()}
     try:
         checkpoint, _, _ = open_source(base.source, base.revision)
     except (LoramgrError, OSError):  # names and shapes are known without the files; only config.json is not
-        bind(adapter, specs, tied_groups(None, list(specs)), None)
-    else:
-        bind(adapter, specs, tied_groups(checkpoint.config, list(specs), checkpoint.aliases), checkpoint.config)
+        return bind(adapter, specs, tied_groups(None, list(specs)), None)
+    ties = tied_groups(checkpoint.config, list(specs), checkpoint.aliases)
+    return bind(adapter, specs, ties, checkpoint.config)
 
 
 def bind_to(adapter: Adapter, base: OpenBase) -> Binding:
@@ -100,7 +100,7 @@ def _recorded(home: Home, adapter: Adapter, digest: str, *, force: bool) -> Matc
 
 
 def _check(home: Home, adapter: Adapter, base: BaseRecord, *, force: bool) -> tuple[str, ...]:
-    return _tolerated(lambda: check_fits(home, adapter, base), force=force, base=base.name)
+    return _tolerated(lambda: bind_registered(home, adapter, base), force=force, base=base.name)
 
 
 def _tolerated(check: Callable[[], object], *, force: bool, base: str | None = None) -> tuple[str, ...]:

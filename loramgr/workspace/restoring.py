@@ -12,7 +12,7 @@ from pathlib import Path
 from loramgr.checkpoints.fingerprint import FingerprintCache, fingerprint
 from loramgr.checkpoints.output import copy_files, merged_names
 from loramgr.checkpoints.source import MERGE_RECORD, Checkpoint, open_checkpoint
-from loramgr.checkpoints.staging import check_free, staged
+from loramgr.checkpoints.staging import check_free, staged, sweep
 from loramgr.digests import TensorDigest, digest_file, parse_tensor_lines, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
 from loramgr.records import MergeCheck, MergedAdapter, MergeReport, StatusReport, UnmergeReport
@@ -36,10 +36,11 @@ def unmerge(home: Home, folder: Path, output: Path | None) -> UnmergeReport:
     NotFoundError when the base is not at hand, IntegrityError when what is found is not the base; then nothing has
     changed.
     """
+    sweep(folder)  # a killed run may have left what it moved out of the place, and then the folder is no merge any more
     record = _merged(folder)
     base = _base_of(home, record)
     checkpoint = base.checkpoint
-    target = folder if output is None else output
+    target = folder.resolve() if output is None else output  # a link to the folder stays a link to it
     with staged(target, replace=output is None) as stage:
         check_free(target, sum(view.spec.nbytes for view in checkpoint.tensors.values()))
         index = [checkpoint.index_name] if checkpoint.index_name else []

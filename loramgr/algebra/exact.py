@@ -1,28 +1,30 @@
 """The exact merge: every weight is the correctly rounded value of W + Σ E(W), on any device, in any tiling.
 
-Four passes, each over what the one before it could not decide: float32 with an error bound (16-bit weights and
-low-rank terms only), float64 with an error bound, compensated sums for ties, and rational arithmetic for single
-entries. The bits depend on the inputs alone, because what is stored is proved to be the one correct rounding.
+Four passes, each over what the one before it left open: float32 with an error bound (16-bit results only), float64 with
+an error bound, compensated sums for ties, and rational arithmetic for single entries. The bits depend on the inputs
+alone, because what is stored is proved to be the one correct rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
 
 import torch
 
-from loramgr.algebra.balls import Ball, product, root_of_squares
+from loramgr.algebra.balls import Ball, root_of_squares
 from loramgr.algebra.compensated import decide, dot
-from loramgr.algebra.rounding import certify, certify_single
-from loramgr.algebra.stack import Stack, inner
+from loramgr.algebra.rounding import HALVES, certify, round_float64, screen
+from loramgr.algebra.scratch import Scratch
+from loramgr.algebra.stack import Stack
 from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
 from loramgr.algebra.witness import Witness
 
 __all__ = ["merge_exact"]
 
-TILE = 1 << 19  # elements: a float64 tile and its temporaries stay in the caches of a core
-_GATHER = 1 << 17  # undecided entries settled at once
-_HALF = (torch.float16, torch.bfloat16)
+TILE = 1 << 18  # elements for each thread: a float64 tile and its temporaries stay in the caches of a core
+_GATHER = 1 << 17  # open entries settled at once
 
 
 def merge_exact(
@@ -36,7 +38,9 @@ def merge_exact(
 
     `weight` is (m, n) on any device with float64, any strides; the terms' tensors are moved to it. `dtype` is the
     result's, None for W's own. `by_column`: DecomposedTerms are given for Wᵀ (their norm runs over columns).
-    Where W itself is NaN or infinite, so is the result; the caller decides what that means.
+    Where W itself is NaN or infinite, so is the result; it is NaN where anything else that goes into it is not finite,
+    or where a norm is zero. The caller decides what that means. An exact sum of zero is +0, but a weight of -0 to which
+    exactly nothing is added keeps its sign, so that merging nothing changes nothing.
     """
     dtype = dtype or weight.dtype
     if by_column:
@@ -45,114 +49,149 @@ def merge_exact(
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if weight.numel() == 0:
         return result
-    moved = [_on_device(term, weight.device) for term in terms]
-    stack = Stack.of(moved, weight)
-    rest = [term for term in moved if not isinstance(term, LowRankTerm)]
-    witness = Witness(weight, moved)
-    step = max(1, TILE // weight.shape[1])
+    merge = _Merge(weight, [_on_device(term, weight.device) for term in terms])
+    step = max(1, TILE * torch.get_num_threads() // weight.shape[1])
     for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        tile, undecided = _merge_tile(weight[rows], stack, rest, rows, dtype)
-        if not any(isinstance(term, DecomposedTerm) for term in rest):
-            undecided = _decide_ties(weight[rows], stack, rest, rows, tile, undecided)
-        for row, column in undecided.nonzero().tolist():
-            tile[row, column] = witness.round(start + row, column, dtype)
-        result[rows] = tile
+        merge.fill(result, slice(start, min(start + step, weight.shape[0])))
+    merge.settle(result)
     return result
 
 
-def _merge_tile(
-    tile: torch.Tensor, stack: Stack, rest: Sequence[Term], rows: slice, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the merged rows and where their rounding is left undecided."""
-    if dtype in _HALF and tile.dtype in _HALF and not rest:
-        return _merge_half_tile(tile, stack, rows, dtype)
-    ball = Ball.exactly(tile)
-    if stack.left.shape[1]:
-        ball = ball + product(stack.left[rows], stack.right, left_error=2)
-    for term in rest:
-        ball = ball + _contribution(term, tile, rows)
-    result, undecided = certify(ball, dtype)
-    return _settle(tile, result, undecided, ball.value)
+class _Merge:
+    """One weight and its terms, with what all tiles of the merge share."""
 
+    def __init__(self, weight: torch.Tensor, terms: Sequence[Term]) -> None:
+        self._weight = weight
+        self._terms = terms
+        self._stack = Stack.of(terms, weight)
+        self._replaced = [term for term in terms if isinstance(term, ReplacedTerm)]
+        self._decomposed = [
+            (term, Stack([LowRankTerm(term.left, term.right, term.scaling)], weight))
+            for term in terms
+            if isinstance(term, DecomposedTerm)
+        ]
+        self._witness = Witness(weight, terms)
+        self._scratch = Scratch()
+        self._pending: list[tuple[Ball, torch.Tensor, torch.Tensor]] = []
+        self._sound: tuple[torch.Tensor, torch.Tensor] | None = None
 
-def _merge_half_tile(
-    tile: torch.Tensor, stack: Stack, rows: slice, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge low-rank terms into 16-bit weights: float32 first, float64 where that leaves the rounding open."""
-    value = (stack.left32[rows] @ stack.right32).add_(tile)
-    result, undecided = certify_single(value, stack.radius32[rows], dtype)
-    row, column = undecided.nonzero(as_tuple=True)
-    ball = Ball.exactly(tile[row, column]) + inner(stack.left[rows][row], stack.right.T[column])
-    result[row, column], undecided[row, column] = certify(ball, dtype)
-    return _settle(tile, result, undecided, value)
+    def fill(self, result: torch.Tensor, rows: slice) -> None:
+        """Write the merged rows into the result, but for the entries that wait for `settle`."""
+        ball = self._ball(rows)
+        first = screen if result.dtype in HALVES else certify
+        places = first(ball, result[rows], self._scratch)
+        for begin in range(0, places.numel(), _GATHER):
+            chunk = places[begin : begin + _GATHER]
+            row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
+            self._pending.append((ball.at(row, column), row + rows.start, column))
+            if sum(column.numel() for _, _, column in self._pending) >= _GATHER:
+                self.settle(result)
 
+    def settle(self, result: torch.Tensor) -> None:
+        """Write the entries that the first pass left open so far into the result."""
+        if not self._pending:
+            return
+        balls, rows, columns = zip(*self._pending, strict=True)
+        self._pending.clear()
+        value, radius = torch.cat([ball.value for ball in balls]), torch.cat([ball.radius for ball in balls])
+        self._settle(result, Ball(value, radius, balls[0].relative), torch.cat(rows), torch.cat(columns))
 
-def _decide_ties(
-    tile: torch.Tensor,
-    stack: Stack,
-    rest: Sequence[Term],
-    rows: slice,
-    result: torch.Tensor,
-    undecided: torch.Tensor,
-) -> torch.Tensor:
-    """Settle undecided entries by compensated sums, writing them into `result`; return what is still open."""
-    places = undecided.nonzero()
-    for chunk in torch.split(places, _GATHER):
-        row, column = chunk.unbind(1)
-        left, right = stack.gather(rows, row, column)
-        base = tile[row, column].double()[:, None]
-        lefts, rights = [torch.ones_like(base), left], [base, right]
-        for term in rest:
-            assert isinstance(term, ReplacedTerm)
-            other = term.tensor[rows][row, column].double()[:, None]
+    def _ball(self, rows: slice) -> Ball:
+        """Return the merged rows with a bound of their error."""
+        tile = self._weight[rows]
+        start = self._scratch.take("start", tile, torch.float64).copy_(tile)
+        ball = self._stack.added(start, rows)
+        for replaced in self._replaced:
+            difference = Ball.exactly(replaced.tensor[rows]) - Ball.exactly(tile)
+            ball = ball + _constant(replaced.weight, tile.device) * difference
+        for decomposed, stack in self._decomposed:
+            ball = ball + _contribution(decomposed, stack, tile, rows)
+        return ball
+
+    def _settle(self, result: torch.Tensor, ball: Ball, row: torch.Tensor, column: torch.Tensor) -> None:
+        """Write the entries (row, column) into the result, each by the first pass that decides it."""
+        base = self._weight[row, column].double()
+        sound = self._are_sound(row, column)
+        idle = sound & self._untouched(row, column)
+        result[row, column] = round_float64(torch.where(idle | base.isinf(), base, torch.nan), result.dtype)
+        left = (sound & ~idle).nonzero()[:, 0]
+        if left.numel() and result.dtype in HALVES:
+            rounded = torch.empty_like(left, dtype=result.dtype)
+            still = certify(ball.at(left), rounded, Scratch())
+            result[row[left], column[left]] = rounded
+            left = left[still]
+        if left.numel() and not self._decomposed:
+            left = left[self._compensate(result, row[left], column[left])]
+        for entry in zip(row[left].tolist(), column[left].tolist(), strict=True):
+            result[entry] = self._witness.round(*entry, result.dtype)
+
+    def _compensate(self, result: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Settle entries by compensated sums, writing them into the result; return which are still open."""
+        base = self._weight[row, column].double()
+        lefts, rights = ([each] for each in self._stack.gather(row, column))
+        for term in self._replaced:
             weight = torch.full_like(base, term.weight)
-            lefts += [weight, -weight]
-            rights += [other, base]
-        value, error, bound = dot(torch.cat(lefts, 1), torch.cat(rights, 1), stack.exact_factors)
-        settled, undecided[row, column] = decide(value, error, bound, result.dtype)
-        unchanged = (value == 0) & (bound == 0) & (base[:, 0] == 0)
-        result[row, column] = torch.where(unchanged, base[:, 0].to(result.dtype), settled)
-    return undecided
+            lefts.append(torch.stack([weight, -weight], dim=1))
+            rights.append(torch.stack([term.tensor[row, column].double(), base], dim=1))
+        value, error, bound = dot(base, torch.cat(lefts, 1), torch.cat(rights, 1), self._stack.exact_factors)
+        settled, still = decide(value, error, bound, result.dtype)
+        unchanged = (value == 0) & (bound == 0) & (base == 0)
+        result[row, column] = torch.where(unchanged, base.to(result.dtype), settled)
+        return still
+
+    def _untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return where nothing is added for certain."""
+        if self._replaced or self._decomposed:
+            return torch.zeros_like(row, dtype=torch.bool)
+        return self._stack.untouched(row, column)
+
+    def _are_sound(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return where everything that goes into the entries is finite."""
+        if self._sound is None:
+            self._sound = _finite(self._weight, self._terms)
+        rows, columns = self._sound
+        sound = rows[row] & columns[column] & self._weight[row, column].isfinite()
+        for term in self._replaced:
+            sound &= term.tensor[row, column].isfinite()
+        return sound
 
 
-def _contribution(term: Term, tile: torch.Tensor, rows: slice) -> Ball:
-    """Return weight · E(W) of a replaced or decomposed term for the given rows."""
-    base = Ball.exactly(tile)
-    weight = Ball.exactly(torch.tensor(term.weight, dtype=torch.float64, device=tile.device))
-    match term:
-        case ReplacedTerm():
-            return weight * (Ball.exactly(term.tensor[rows]) - base)
-        case DecomposedTerm():
-            start = base if term.start is None else Ball.exactly(term.start[rows])
-            scaled = term.left[rows].double() * term.scaling
-            direction = start + product(scaled, term.right.double(), left_error=1)
-            magnitude = Ball.exactly(term.magnitude[rows, None])
-            return weight * (magnitude / root_of_squares(direction) * direction - base)
-        case _:
-            raise TypeError(f"{type(term).__name__} is part of the stack")
+def _constant(value: float, device: torch.device) -> Ball:
+    return Ball.exactly(torch.tensor(value, dtype=torch.float64, device=device))
 
 
-def _settle(
-    tile: torch.Tensor, result: torch.Tensor, undecided: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Handle what rounding cannot: non-finite values, and zeros that nothing was added to.
+def _contribution(term: DecomposedTerm, stack: Stack, tile: torch.Tensor, rows: slice) -> Ball:
+    """Return weight · (magnitude · V / ‖V‖ - W) for the given rows; the stack holds the term's low-rank part."""
+    start = tile if term.start is None else term.start[rows]
+    direction = stack.added(torch.empty(tile.shape, dtype=torch.float64, device=tile.device).copy_(start), rows)
+    magnitude = Ball.exactly(term.magnitude[rows, None])
+    adapted = magnitude / root_of_squares(direction) * direction
+    return _constant(term.weight, tile.device) * (adapted - Ball.exactly(tile))
 
-    IEEE addition gives -0 + 0 = +0; a weight of -0 to which exactly nothing is added keeps its sign, so that merging
-    nothing changes nothing. An exact sum of zero is +0 everywhere else.
-    """
-    lost = ~value.isfinite()
-    result = torch.where(lost, value.to(result.dtype), result)
-    untouched = (tile == 0) & (value == 0) & ~undecided
-    return torch.where(untouched, tile.to(result.dtype), result), undecided & ~lost
+
+def _finite(weight: torch.Tensor, terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for the rows (m,) and columns (n,) whether all factors that act on them are finite."""
+    rows, columns = (torch.ones(size, dtype=torch.bool, device=weight.device) for size in weight.shape)
+    for term in terms:
+        rows &= isfinite(term.weight)
+        match term:
+            case LowRankTerm():
+                rows &= term.left.isfinite().all(dim=1) & isfinite(term.scaling)
+                columns &= term.right.isfinite().all(dim=0)
+            case DecomposedTerm():
+                start = weight if term.start is None else term.start
+                rows &= start.isfinite().all(dim=1) & term.magnitude.isfinite() & isfinite(term.scaling)
+                rows &= term.left.isfinite().all(dim=1) & term.right.isfinite().all()
+    return rows, columns
 
 
 def _on_device(term: Term, device: torch.device) -> Term:
     match term:
-        case LowRankTerm(left, right, scaling, weight):
-            return LowRankTerm(left.to(device), right.to(device), scaling, weight)
-        case ReplacedTerm(tensor, weight):
-            return ReplacedTerm(tensor.to(device), weight)
-        case DecomposedTerm(left, right, scaling, magnitude, weight, start):
-            moved = None if start is None else start.to(device)
-            return DecomposedTerm(left.to(device), right.to(device), scaling, magnitude.to(device), weight, moved)
+        case LowRankTerm():
+            return replace(term, left=term.left.to(device), right=term.right.to(device))
+        case ReplacedTerm():
+            return replace(term, tensor=term.tensor.to(device))
+        case DecomposedTerm():
+            start = None if term.start is None else term.start.to(device)
+            left, right = term.left.to(device), term.right.to(device)
+            return replace(term, left=left, right=right, magnitude=term.magnitude.to(device), start=start)

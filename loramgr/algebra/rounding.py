@@ -7,10 +7,12 @@ from fractions import Fraction
 
 import torch
 
-from loramgr.algebra.balls import Ball, U
+from loramgr.algebra.balls import SLACK, Ball, U
+from loramgr.algebra.scratch import Scratch
 
-__all__ = ["certify", "certify_single", "round_float64", "round_fraction"]
+__all__ = ["HALVES", "certify", "round_float64", "round_fraction", "screen"]
 
+HALVES = (torch.float16, torch.bfloat16)
 # dtype → (bits of precision, exponent of the smallest subnormal, largest finite value)
 _FORMATS = {
     torch.float64: (53, -1074, torch.finfo(torch.float64).max),
@@ -24,6 +26,7 @@ _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
 }
+_FOLDS = 4
 
 
 def round_float64(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -58,26 +61,69 @@ def round_fraction(value: Fraction, dtype: torch.dtype) -> float:
     return math.copysign(result, 1 if value > 0 else -1)
 
 
-def certify(ball: Ball, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a ball to the dtype and say where the rounding is not yet decided.
+def certify(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Round a ball into `result`; return the places, in ascending row-major order, that are left open.
 
-    Returns the rounded tensor and a boolean tensor, True where the two ends of the ball round differently: there the
-    result may be wrong. Elsewhere it is proved right, since rounding is monotone.
+    Places are open where the two ends of the ball round differently, in the sign of a zero too, or are not finite.
+    Elsewhere the result is proved right, since rounding is monotone. The ends are rounded to float64 themselves, by
+    U·(|value| + reach) at most: 4·U·|value| and the slack of the radius cover it.
     """
-    radius = ball.radius + ball.value.abs() * (2 * U)  # the two ends are rounded to float64 themselves
-    low = round_float64(ball.value - radius, dtype)
-    high = round_float64(ball.value + radius, dtype)
-    return high, low.view(_BITS[dtype]) != high.view(_BITS[dtype])
+    reach, end = (scratch.take(slot, result, torch.float64) for slot in ("reach", "end"))
+    torch.add(ball.radius * SLACK, torch.abs(ball.value, out=end), alpha=ball.relative * SLACK + 4 * U, out=reach)
+    low = scratch.take("low", result, result.dtype)
+    _round_into(low, torch.sub(ball.value, reach, out=end))
+    _round_into(result, torch.add(ball.value, reach, out=end))
+    return _open(low, result, reach, scratch)
 
 
-def certify_single(value: torch.Tensor, radius: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do what `certify` does for a 16-bit dtype and a float32 ball, whose radius covers all but the roundings here.
+def screen(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Do what `certify` does for a 16-bit dtype in float32, at half the cost; more places are left open.
 
-    Both ends are moved outward by more than a float32 ulp. Were the float32 value nearest to the exact one a midpoint
-    of the 16-bit grid (the only case in which rounding twice goes wrong), it would lie strictly between the two ends,
-    and they would round apart. So equal ends prove the one correct rounding.
+    With u = 2^-24: the value's own rounding to float32 is off by u·|value|, and so are the ends by u·(|value| + reach).
+    The 4·u·|value| and the slack of the radius cover both; 2^-140 covers what is lost among float32's subnormals. Both
+    ends are float32 numbers, which torch casts to 16 bits with a single rounding.
     """
-    reach = value.abs().mul_(2.0**-21).add_(radius).add_(2.0**-147)
-    low = (value - reach).to(dtype)
-    high = reach.add_(value).to(dtype)
-    return high, low.view(torch.int16) != high.view(torch.int16)
+    value, reach, end = (scratch.take(slot, result, torch.float32) for slot in ("value", "reach", "end"))
+    value.copy_(ball.value)
+    radius = (ball.radius * (1 + 2.0**-20) + 2.0**-140).float()
+    torch.add(radius, torch.abs(value, out=end), alpha=ball.relative + 2.0**-22, out=reach)
+    low = scratch.take("low", result, result.dtype)
+    low.copy_(torch.sub(value, reach, out=end))
+    result.copy_(torch.add(value, reach, out=end))
+    return _open(low, result, reach, scratch)
+
+
+def _round_into(result: torch.Tensor, value: torch.Tensor) -> None:
+    result.copy_(round_float64(value, result.dtype) if result.dtype in HALVES else value)
+
+
+def _open(low: torch.Tensor, high: torch.Tensor, reach: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Return the places where the ends differ or the reach is not finite; a sum tells cheaply that none is such."""
+    places = _differing(low, high, scratch)
+    if bool(reach.sum().isfinite()):
+        return places
+    differing = torch.zeros(reach.numel(), dtype=torch.bool, device=reach.device)
+    differing[places] = True
+    return (differing | ~reach.flatten().isfinite()).nonzero()[:, 0]
+
+
+def _differing(low: torch.Tensor, high: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Return the places, in ascending order, where the bits of two contiguous tensors differ; `low` is overwritten.
+
+    `nonzero` costs more than all of the arithmetic, so the differences are first folded to 1/16 of their 64-bit words.
+    """
+    bits = low.view(_BITS[low.dtype]).flatten().bitwise_xor_(high.view(_BITS[low.dtype]).flatten())
+    per_word = 8 // bits.element_size()
+    padding = -bits.numel() % (per_word << _FOLDS)
+    words = (torch.nn.functional.pad(bits, (0, padding)) if padding else bits).view(torch.int64).view(1 << _FOLDS, -1)
+    upper, lower = words.chunk(2)
+    folded = torch.bitwise_or(upper, lower, out=scratch.take("folded", upper, torch.int64))
+    while folded.shape[0] > 1:
+        upper, lower = folded.chunk(2)
+        folded = upper.bitwise_or_(lower)
+    hits = folded[0].nonzero()[:, 0]
+    if not hits.numel():
+        return hits
+    line, item = words[:, hits].view(bits.dtype).nonzero().unbind(1)
+    word = line * words.shape[1] + hits[item.div(per_word, rounding_mode="floor")]
+    return (word * per_word + item % per_word).sort().values

@@ -1,4 +1,4 @@
-"""All low-rank terms of a merge as one product, at the three precisions that the exact merge works in."""
+"""All low-rank terms of a merge as one product, at the two precisions that the exact merge works in."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 import torch
 
-from loramgr.algebra.balls import Ball
+from loramgr.algebra.balls import SLACK, Ball, U
 from loramgr.algebra.compensated import split_product
 from loramgr.algebra.terms import LowRankTerm, Term
 
-__all__ = ["Stack", "inner"]
+__all__ = ["Stack"]
+
+_FLOOR = 2.0**-500
+_LARGE = 2.0**500
 
 
 class Stack:
-    """Low-rank terms stacked into factors (m, R) and (R, n), with scaling and weight folded into the left one.
-
-    `left`, `right` are float64, `left32`, `right32` their float32 copies; `radius32` (m, 1) bounds the error of the
-    float32 product in every entry of a row.
-    """
+    """Low-rank terms stacked into float64 factors (m, R) and (R, n), scaling and weight folded into the left one."""
 
     def __init__(self, terms: Sequence[LowRankTerm], weight: torch.Tensor) -> None:
         rows, columns = weight.shape
-        left = [weight.new_zeros((rows, 0), dtype=torch.float64)]
-        right = [weight.new_zeros((0, columns), dtype=torch.float64)]
-        left += [term.left.double() * (term.scaling * term.weight) for term in terms]
-        right += [term.right.double() for term in terms]
-        self.left, self.right = torch.cat(left, dim=1), torch.cat(right)
-        self.left32, self.right32 = self.left.float(), self.right.float()
-        self.radius32 = self._bound_single()
+        empty = weight.new_zeros((rows, 0), dtype=torch.float64)
+        bare = torch.cat([empty, *(term.left.double() for term in terms)], dim=1)
+        self._left = torch.cat([empty, *(term.left.double() * (term.scaling * term.weight) for term in terms)], dim=1)
+        self._right = torch.cat([empty.new_zeros((0, columns)), *(term.right.double() for term in terms)])
         self._terms = terms
+        self._moved = (bare != 0).any(dim=1), (self._right != 0).any(dim=0)
+        roundings = (bare.shape[1] + 3) * U
+        self._relative = roundings / (1 - 2 * roundings) if terms else 0.0
+        self._radius = self._bound(bare) if bare.shape[1] else empty.new_zeros((rows, 1))
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._exact_factors = True
 
@@ -38,22 +38,42 @@ class Stack:
         """Stack the low-rank ones among the terms."""
         return cls([term for term in terms if isinstance(term, LowRankTerm)], weight)
 
-    def _bound_single(self) -> torch.Tensor:
-        if not self.right.numel():
-            return self.left.new_zeros((self.left.shape[0], 1), dtype=torch.float32)
-        # γ(R + 4) of float32: R + 1 for the product, the rest for the rounding of both factors and the coefficient
-        terms = (self.left.shape[1] + 4) * 2.0**-24
-        largest = self.right.norm(dim=0).amax()
-        radius: torch.Tensor = self.left.norm(dim=1, keepdim=True) * (largest * (terms / (1 - terms) * 1.001))
-        return radius.float()
+    def _bound(self, bare: torch.Tensor) -> torch.Tensor:
+        """Return the (m, 1) radius of `added`, derived there.
 
-    def gather(self, rows: slice, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return factors (k, R') whose row-wise products are the entries (row, column) of the given rows.
+        Two floors of 2^-500 cover what is lost among subnormals: 2^-1075 for each product, for each entry of the left
+        factor (times the right one), and for the coefficient (times the left one, so that is refused beyond 2^500).
+        Columns that are not finite show in the value.
+        """
+        largest = self._right.abs().amax(dim=0)
+        largest = torch.where(largest.isfinite(), largest, 0.0).amax()
+        size = self._left.abs().sum(dim=1, keepdim=True) * (2 * self._relative) + _FLOOR
+        radius = size * (largest + _FLOOR) * SLACK
+        return torch.where(bare.abs().sum(dim=1, keepdim=True) < _LARGE, radius, torch.inf)
 
-        Other than `left`, they hold the coefficients unrounded (as far as `exact_factors` says).
+    def added(self, start: torch.Tensor, rows: slice) -> Ball:
+        """Return start + left @ right for the given rows; the float64 tensor `start` is overwritten.
+
+        Any order of the k = R + 3 roundings that an addend goes through (two in the left factor) gives an error
+        e ≤ γ(k)·(|start| + S) with S = Σ|l·r| (Higham, Accuracy and Stability, §3.5). |start| ≤ |value| + e + S, so
+        e ≤ γ/(1 - γ)·(|value| + 2·S), and S is at most the sum of a row of |left| times the largest |right|.
+        """
+        if self._left.shape[1]:
+            start.addmm_(self._left[rows], self._right)
+        return Ball(start, self._radius[rows], self._relative)
+
+    def untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return where nothing is added for certain, because a row or column of the factors is zero; all (k,)."""
+        rows, columns = self._moved
+        return ~(rows[row] & columns[column])
+
+    def gather(self, row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors (k, R') whose row-wise products are the entries (row, column).
+
+        They hold the coefficients unrounded (as far as `exact_factors` says).
         """
         left, right = self._exact_parts()
-        return left[rows][row], right[column]
+        return left[row], right[column]
 
     @property
     def exact_factors(self) -> bool:
@@ -63,7 +83,7 @@ class Stack:
 
     def _exact_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._parts is None:
-            lefts, rights = [self.left[:, :0]], [self.right[:0]]
+            lefts, rights = [self._left[:, :0]], [self._right[:0]]
             for term in self._terms:
                 parts, exact = split_product(term.left, term.scaling, term.weight)
                 self._exact_factors &= exact
@@ -71,13 +91,3 @@ class Stack:
                 rights += [term.right.double()] * len(parts)
             self._parts = torch.cat(lefts, dim=1), torch.cat(rights).T.contiguous()
         return self._parts
-
-
-def inner(left: torch.Tensor, right: torch.Tensor) -> Ball:
-    """Return the inner products of the rows of two (k, R) float64 tensors as a (k,) ball.
-
-    The rows of `left` have been rounded twice already.
-    """
-    terms = (left.shape[1] + 3) * 2.0**-53
-    products = left * right
-    return Ball(products.sum(dim=1), products.abs().sum(dim=1) * (terms * 1.001))

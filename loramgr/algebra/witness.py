@@ -1,7 +1,9 @@
 """Exact values of single merged weights, for the few whose rounding float64 leaves open.
 
-Every float is a dyadic rational, so sums and products are exact in `fractions.Fraction`; the one irrational number,
-DoRA's norm, is enclosed between rationals that are refined until both ends round alike.
+Every float is a dyadic rational, so sums and products are exact in `fractions.Fraction`. DoRA's norms are square roots
+of rationals: those that are rational multiples of each other are collected into one, which makes the sum of what is
+left irrational (roots of different square classes are linearly independent over the rationals; Besicovitch 1940). An
+irrational number is no midpoint, so enclosing it ever more closely ends with two bounds that round alike.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import isqrt
+from math import isqrt, nan
 
 import torch
 
@@ -19,11 +21,10 @@ from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Ter
 __all__ = ["Witness"]
 
 _FIRST_BITS = 192
-_LAST_BITS = 1 << 14
 
 
 class Witness:
-    """Knows one weight (m, n) and its terms, and rounds any merged entry exactly."""
+    """Knows one weight (m, n) and its terms, and rounds any merged entry exactly; what it reads must be finite."""
 
     def __init__(self, weight: torch.Tensor, terms: Sequence[Term]) -> None:
         self._weight = weight
@@ -31,42 +32,42 @@ class Witness:
         self._norm_squared = lru_cache(maxsize=4096)(self._exact_norm_squared)
 
     def round(self, row: int, column: int, dtype: torch.dtype) -> float:
-        """Return the correctly rounded merged value of one entry."""
-        bits = _FIRST_BITS
-        while True:
-            low, high = self._enclosure(row, column, bits)
-            rounded = round_fraction(low, dtype)
-            # An irrational sum never sits on a midpoint, so refinement ends; the limit guards against a defect here.
-            if low == high == 0 and self._weight[row, column] == 0:
+        """Return the correctly rounded merged value of one entry; NaN where a row's norm is zero."""
+        norms = [self._norm_squared(index, row) for index in self._decomposed()]
+        if 0 in norms:
+            return nan
+        rational, roots = self._exact(row, column)
+        if not roots:
+            if rational == self._weight[row, column].item() == 0:
                 return float(self._weight[row, column])  # nothing was added: a weight of -0 keeps its sign
-            if low == high or rounded == round_fraction(high, dtype) or bits >= _LAST_BITS:
-                return rounded
+            return round_fraction(rational, dtype)
+        bits = _FIRST_BITS
+        while (low := round_fraction(rational + _enclosed(roots, bits, upper=False), dtype)) != round_fraction(
+            rational + _enclosed(roots, bits, upper=True), dtype
+        ):
             bits *= 2
+        return low
 
-    def _enclosure(self, row: int, column: int, bits: int) -> tuple[Fraction, Fraction]:
+    def _decomposed(self) -> list[int]:
+        return [index for index, term in enumerate(self._terms) if isinstance(term, DecomposedTerm)]
+
+    def _exact(self, row: int, column: int) -> tuple[Fraction, dict[Fraction, Fraction]]:
+        """Return the entry as a rational and the coefficients c of an irrational Σ c/√s by s."""
         base = Fraction(self._weight[row, column].item())
-        low = high = base
+        rational, roots = base, dict[Fraction, Fraction]()
         for index, term in enumerate(self._terms):
+            weight = Fraction(term.weight)
             match term:
                 case LowRankTerm():
-                    value = Fraction(term.weight) * Fraction(term.scaling) * _dot(term, row, column)
-                    low, high = low + value, high + value
+                    rational += weight * Fraction(term.scaling) * _dot(term, row, column)
                 case ReplacedTerm():
-                    value = Fraction(term.weight) * (Fraction(term.tensor[row, column].item()) - base)
-                    low, high = low + value, high + value
+                    rational += weight * (Fraction(term.tensor[row, column].item()) - base)
                 case DecomposedTerm():
-                    ends = self._decomposed(index, row, column, bits)
-                    low, high = low + min(ends), high + max(ends)
-        return low, high
-
-    def _decomposed(self, index: int, row: int, column: int, bits: int) -> tuple[Fraction, Fraction]:
-        term = self._terms[index]
-        assert isinstance(term, DecomposedTerm)
-        base = Fraction(self._weight[row, column].item())
-        scaled = Fraction(term.magnitude[row].item()) * self._direction(term, row, column)
-        roots = _root(self._norm_squared(index, row), bits)
-        weight = Fraction(term.weight)
-        return weight * (scaled / roots[0] - base), weight * (scaled / roots[1] - base)
+                    rational -= weight * base
+                    scaled = weight * Fraction(term.magnitude[row].item()) * self._direction(term, row, column)
+                    _collect(roots, self._norm_squared(index, row), scaled)
+        rational += roots.pop(Fraction(1), Fraction(0))
+        return rational, {square: coefficient for square, coefficient in roots.items() if coefficient}
 
     def _direction(self, term: DecomposedTerm, row: int, column: int) -> Fraction:
         start = self._weight if term.start is None else term.start
@@ -84,12 +85,34 @@ def _dot(term: LowRankTerm | DecomposedTerm, row: int, column: int) -> Fraction:
     return sum((Fraction(left) * Fraction(right) for left, right in pairs), Fraction(0))
 
 
+def _collect(roots: dict[Fraction, Fraction], square: Fraction, coefficient: Fraction) -> None:
+    """Add coefficient/√square to the sum, under 1 or under a square s of the sum when √(square·s) is rational."""
+    for other in (Fraction(1), *roots):
+        joint = _rational_root(square * other)
+        if joint is not None:
+            roots[other] = roots.get(other, Fraction(0)) + coefficient * joint / square
+            return
+    roots[square] = coefficient
+
+
+def _rational_root(square: Fraction) -> Fraction | None:
+    root = Fraction(isqrt(square.numerator), isqrt(square.denominator))
+    return root if root * root == square else None
+
+
+def _enclosed(roots: dict[Fraction, Fraction], bits: int, *, upper: bool) -> Fraction:
+    """Return a bound of Σ c/√s, each addend to a relative 2^-bits."""
+    total = Fraction(0)
+    for square, coefficient in roots.items():
+        low, high = _root(square, bits)
+        total += coefficient / (low if (coefficient > 0) == upper else high)
+    return total
+
+
 def _root(square: Fraction, bits: int) -> tuple[Fraction, Fraction]:
-    """Enclose a square root between two rationals whose relative distance is about 2^-bits; equal when it is exact."""
+    """Enclose a positive square root between two positive rationals whose relative distance is about 2^-bits."""
     shift = max(0, 2 * bits + square.denominator.bit_length() - square.numerator.bit_length())
     shift += shift % 2
-    scaled, remainder = divmod(square.numerator << shift, square.denominator)
-    root = isqrt(scaled)
+    root = isqrt((square.numerator << shift) // square.denominator)
     unit = Fraction(1, 1 << (shift // 2))
-    exact = remainder == 0 and root * root == scaled
-    return root * unit, (root if exact else root + 1) * unit
+    return root * unit, (root + 1) * unit

@@ -1,0 +1,21 @@
+"""Memory that is used again for every tile: fresh pages cost more than the arithmetic on them."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Scratch"]
+
+
+class Scratch:
+    """Hands out contiguous tensors by slot; the next one of a slot and dtype overwrites the one before."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, slot: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of any content, of the shape and on the device of `like`."""
+        held = self._held.get((slot, dtype))
+        if held is None or held.numel() < like.numel():
+            held = self._held[slot, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return held[: like.numel()].view(like.shape)

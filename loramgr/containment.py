@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from loramgr.errors import IncompatibleError, IntegrityError
 
-__all__ = ["resolve_inside"]
+__all__ = ["is_contained", "resolve_inside"]
 
 _CACHE_PREFIXES = ("models--", "datasets--", "spaces--")
 
@@ -19,7 +19,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     IncompatibleError for a link whose target lies outside (the Hugging Face cache, whose snapshots link to its own
     blobs, excepted) and for what is neither a file nor a folder.
     """
-    if not _is_contained(name):
+    if not is_contained(name):
         raise IntegrityError(f"the name {name!r} leaves the folder {folder}")
     path = folder / name
     root = folder.resolve()
@@ -36,7 +36,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_contained(name: str) -> bool:
+def is_contained(name: str) -> bool:
+    """Say whether a relative name with `/` between its parts stays in its folder, links aside."""
     parts = PurePosixPath(name)
     plain = bool(parts.parts) and not ("\0" in name or "\\" in name)
     return plain and not (parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts)

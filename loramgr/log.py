@@ -6,7 +6,7 @@ An adapter's or a base's log is the chain of its entries; the catalog is an inde
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ ENTRY_SCHEMA = 1
 LogKind = Literal["adapter", "base"]
 
 KINDS: dict[str, frozenset[str]] = {
-    "adapter": frozenset({"publish", "tag", "untag", "label", "metric", "rename", "remove"}),
+    "adapter": frozenset({"publish", "tag", "untag", "label", "metric", "rename", "remove", "restore"}),
     "base": frozenset({"add", "remove"}),
 }
 
@@ -39,6 +39,7 @@ class Entry:
     metric   number, metrics {key: number, or None to drop it}
     rename   from
     remove   adapter: numbers [] of the versions that are gone, whole (the adapter itself is); base: nothing
+    restore  numbers [] of the removed versions that are back, without their tags, whole (the adapter itself is back)
     add      digest, source, revision, tensors, parameters, bytes, dtype, architecture
     """
 
@@ -52,12 +53,27 @@ class Entry:
 
     def encode(self) -> bytes:
         """Return the RFC 8785 bytes that the entry's digest names."""
-        return canonical_json({"schema": ENTRY_SCHEMA, **asdict(self)})
+        return self._encoded
+
+    @cached_property
+    def _encoded(self) -> bytes:
+        return self._canonical()
+
+    def settled(self) -> Entry:
+        """Return the entry as it is read back: keys in canonical order, 1.0 as 1."""
+        entry = Entry.decode(self.encode())
+        vars(entry)["digest"] = self.digest  # RFC 8785 gives what was read back the same bytes
+        return entry
+
+    def _canonical(self) -> bytes:
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        return canonical_json({"schema": ENTRY_SCHEMA, **said})
 
     @cached_property
     def digest(self) -> str:
         """The entry's name: the digest of its encoded bytes."""
-        return digest_bytes(self.encode())
+        known = vars(self).get("_encoded")  # which is not kept for the many entries that are only followed
+        return digest_bytes(self._canonical() if known is None else known)
 
     @classmethod
     def decode(cls, data: bytes) -> Entry:

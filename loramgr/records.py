@@ -10,11 +10,13 @@ from typing import Any
 
 __all__ = [
     "AddedVersion",
+    "ArchiveReport",
     "BaseRecord",
     "BaseReference",
     "BaseVerification",
     "ExportReport",
     "FileRecord",
+    "HistoryEntry",
     "InspectReport",
     "MergeCheck",
     "MergeReport",
@@ -27,12 +29,13 @@ __all__ = [
     "StoreVerification",
     "TensorChange",
     "UnmergeReport",
+    "Usage",
     "VersionRecord",
     "to_json",
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileRecord:
     """One file of a version: its path inside the adapter's folder, digest, and size in bytes."""
 
@@ -41,7 +44,7 @@ class FileRecord:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BaseReference:
     """The base a version belongs to; `name` is None when no base of that digest is registered here."""
 
@@ -49,7 +52,7 @@ class BaseReference:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BaseRecord:
     """A registered base model.
 
@@ -69,7 +72,7 @@ class BaseRecord:
     created_at: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VersionRecord:
     """One immutable state of an adapter.
 
@@ -101,7 +104,7 @@ class VersionRecord:
     created_at: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AddedVersion(VersionRecord):
     """A version after `add`; `created` is False when the same files were a version already."""
 
@@ -109,7 +112,7 @@ class AddedVersion(VersionRecord):
     warnings: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModuleRecord:
     """One module an adapter updates.
 
@@ -131,7 +134,7 @@ class ModuleRecord:
     spectrum: list[float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InspectReport(VersionRecord):
     """A version with what its tensors say; `reason` tells why it is not `mergeable`, and is None when it is.
 
@@ -145,7 +148,7 @@ class InspectReport(VersionRecord):
     share_of_base: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MergedAdapter:
     """An adapter in a merge: the version's reference and digest, and the weight it was added with."""
 
@@ -154,7 +157,7 @@ class MergedAdapter:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TensorChange:
     """A tensor that a merge changed; `before` is None for one it added, `after` None for one it took away."""
 
@@ -163,7 +166,7 @@ class TensorChange:
     after: str | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MergeReport:
     """What a merged model folder is, and what making it took."""
 
@@ -185,14 +188,14 @@ class MergeReport:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StatusReport(MergeReport):
     """A model folder as it is now; `modified` names the tensors and files that changed since it was made."""
 
     modified: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MergeCheck:
     """The result of replaying a recorded merge and comparing it bit for bit."""
 
@@ -201,7 +204,7 @@ class MergeCheck:
     mismatched: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UnmergeReport:
     """A base restored from a merged folder; `source` says from what, and `exact` is proved by the digest."""
 
@@ -211,7 +214,7 @@ class UnmergeReport:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BaseVerification:
     """The result of reading a base again, tensor by tensor."""
 
@@ -220,7 +223,7 @@ class BaseVerification:
     mismatched: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoreVerification:
     """The result of reading the store and the catalog again; entries are `kind digest: what is wrong`."""
 
@@ -230,7 +233,7 @@ class StoreVerification:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExportReport:
     """An adapter written for another tool; `notes` say what the reader should know."""
 
@@ -239,14 +242,14 @@ class ExportReport:
     notes: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Removal:
     """What a removal took out of the catalog, as `name@vN` references or base names."""
 
     removed: list[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SchemaReport:
     """The revision of the catalog's schema and the newest one this loramgr knows; None before the first use."""
 
@@ -254,7 +257,7 @@ class SchemaReport:
     head: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RebuildReport:
     """What a rebuild of the catalog read: numbers of entries and logs that count, and the forks it left aside.
 
@@ -264,6 +267,36 @@ class RebuildReport:
     entries: int
     logs: int
     forks: list[str]
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """A log entry: what happened to a name, when, and who did it; `content` is told in `loramgr.log.Entry`."""
+
+    digest: str
+    log: str
+    kind: str
+    name: str
+    time: str
+    author: str
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The bytes that an adapter or base takes, or a group of blobs whose name stands in parentheses."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ArchiveReport:
+    """What a home archive holds, or what of it was new where it was imported: versions, and bytes of their files."""
+
+    versions: int
+    bytes: int
+    notes: list[str] = field(default_factory=list)
 
 
 def to_json(record: Any) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 
-from loramgr.catalog import schema
-from loramgr.catalog.engine import BUSY_SECONDS, READ, WRITE, open_engine, transaction
+from loramgr.catalog import schema, statements
+from loramgr.catalog.engine import BUSY_SECONDS, READ, WRITE, in_transaction, open_engine, suspected, transaction
 from loramgr.catalog.fold import apply, name_log
+from loramgr.catalog.joining import join
 from loramgr.catalog.reader import Reader
-from loramgr.catalog.tables import EntryRow, Log, Workspace
+from loramgr.catalog.tables import Workspace
 from loramgr.errors import ConflictError, IntegrityError
 from loramgr.log import Entry
 
@@ -20,7 +21,14 @@ __all__ = ["Catalog", "Writer"]
 
 
 class Writer(Reader):
-    """A view of the catalog that can move heads; nothing it does counts before its transaction ends."""
+    """A view of the catalog that can move heads; nothing it does counts before its transaction ends.
+
+    `appended` has the digests of the entries that were appended so far, in this order.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.appended: list[str] = []
 
     def append(self, entry: Entry) -> None:
         """Append an entry to its log and update the rows.
@@ -29,17 +37,38 @@ class Writer(Reader):
         here is best never stored. Raises ConflictError when the log has moved on or the name is taken, IntegrityError
         when the entry does not make sense after its predecessor.
         """
-        entry = Entry.decode(entry.encode())  # what a rebuild will read: keys in canonical order, 1.0 as 1
+        entry = entry.settled()  # what a rebuild will read
         self._check_head(entry)
         root = apply(self._connection, entry)
         name_log(self._connection, root, entry.name)
+        self.appended.append(entry.digest)
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Let the block fail alone: what it appended is taken back, and the transaction can go on."""
+        before = len(self.appended)
+        savepoint = self._connection.begin_nested()
+        try:
+            yield
+            savepoint.commit()
+        except BaseException:
+            del self.appended[before:]
+            if in_transaction(self._connection):  # when the disk is full, SQLite has rolled everything back by itself
+                savepoint.rollback()
+            raise
+
+    def join(self, logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+        """Append to each log the entries that are not here yet, and return these; see `loramgr.catalog.joining`."""
+        new = join(self._connection, logs)
+        self.appended += [entry.digest for log in new for entry in log]
+        return new
 
     def _check_head(self, entry: Entry) -> None:
-        if self._connection.scalar(select(EntryRow.digest).where(EntryRow.digest == entry.digest)):
+        if self._connection.execute(statements.ENTRY_OF_DIGEST, {"digest": entry.digest}).first() is not None:
             raise ConflictError(f"the log of {entry.log} {entry.name!r} has this entry", "run the command again")
         if entry.predecessor is None:
             return
-        if self._connection.scalar(select(Log.root).where(Log.head == entry.predecessor)) is None:
+        if self._connection.scalar(statements.LOG_OF_HEAD, {"digest": entry.predecessor}) is None:
             raise ConflictError(f"the log of {entry.log} {entry.name!r} has moved on", "run the command again")
 
 
@@ -75,6 +104,10 @@ class Catalog:
         """Open a consistent view for the block; ConflictError when a writer holds the catalog for too long."""
         with transaction(self._engine, READ, self.path) as connection:
             yield Reader(connection)
+
+    def suspecting(self) -> AbstractContextManager[None]:
+        """Take whatever goes wrong in a block that asks a reader for damage of the rows: IntegrityError."""
+        return suspected(self.path)
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:

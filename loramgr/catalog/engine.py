@@ -1,7 +1,8 @@
 """SQLite connections and transactions, and what their failures mean to a person.
 
-Rollback journal, `synchronous=FULL`, foreign keys enforced, every transaction opened explicitly: SQLite's driver would
-otherwise begin late and commit before schema changes.
+Rollback journal, `synchronous=EXTRA`, foreign keys enforced, every transaction opened explicitly: SQLite's driver would
+otherwise begin late and commit before schema changes. EXTRA also syncs the folder after the journal is deleted; with
+FULL a power cut can bring the journal back, and it would undo a commit that was acknowledged.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from loramgr.errors import ConflictError, IntegrityError, LoramgrError, UncheckedError
 
-__all__ = ["BUSY_SECONDS", "READ", "WRITE", "explained", "open_engine", "transaction"]
+__all__ = ["BUSY_SECONDS", "READ", "WRITE", "explained", "in_transaction", "open_engine", "suspected", "transaction"]
 
 BUSY_SECONDS = 60.0
+CACHE_KIB = 1 << 16  # of changed pages that do not fit into it SQLite writes some early, and locks out the readers
 READ = "BEGIN"
 WRITE = "BEGIN IMMEDIATE"
 _BEGIN = "loramgr_begin"
@@ -37,7 +39,8 @@ def open_engine(
     def connect() -> sqlite3.Connection:
         uri = "file::memory:" if path is None else f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None)
-        for pragma in ("journal_mode=DELETE", "synchronous=FULL", f"foreign_keys={'ON' if foreign_keys else 'OFF'}"):
+        enforced = f"foreign_keys={'ON' if foreign_keys else 'OFF'}"
+        for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", f"cache_size=-{CACHE_KIB}", enforced):
             connection.execute(f"PRAGMA {pragma}").close()
         return connection
 
@@ -48,6 +51,11 @@ def open_engine(
 
 def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, READ))
+
+
+def in_transaction(connection: Connection) -> bool:
+    """Say whether SQLite itself is in a transaction: it ends one unasked where it cannot write."""
+    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
 
 
 @contextmanager
@@ -84,6 +92,16 @@ def explained(path: Path) -> Iterator[None]:
         if failure is None:
             raise
         raise failure from error
+
+
+@contextmanager
+def suspected(path: Path) -> Iterator[None]:
+    """Take whatever goes wrong in the block, in which nothing but rows is read, for damage: raise IntegrityError."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError, LookupError) as error:
+        words = str(error).splitlines()[0]
+        raise IntegrityError(f"{path}: the catalog is damaged: {words}", "loramgr verify --repair") from error
 
 
 def _failure(error: BaseException | None, path: Path) -> LoramgrError | None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exc, exists, func, insert, select, update
 
+from loramgr.catalog import statements
 from loramgr.catalog.tables import (
     Base,
-    EntryRow,
     Label,
     Log,
     Metric,
@@ -58,14 +58,13 @@ def apply(connection: Connection, entry: Entry) -> str:
 
 def name_log(connection: Connection, root: str, name: str) -> None:
     """Give a log its name; ConflictError when another log of the same kind has it, removed ones included."""
-    kind = connection.scalar(select(Log.kind).where(Log.root == root))
-    holder = connection.execute(
-        select(Log.removed).where(Log.kind == kind, Log.name == name, Log.root != root)
-    ).one_or_none()
+    kind = connection.scalar(statements.KIND_OF_LOG, {"log": root})
+    same_name = {"log": root, "log_kind": kind, "log_name": name}
+    holder = connection.execute(statements.HOLDER_OF_NAME, same_name).one_or_none()
     if holder is not None:
         owner = f"a removed {kind}" if holder.removed else f"another {kind}"
         raise ConflictError(f"the name {name!r} is taken by {owner}", "choose another name")
-    connection.execute(update(Log).where(Log.root == root).values(name=name))
+    connection.execute(statements.NAME_LOG, {"log": root, "log_name": name})
 
 
 def reversed_name(module: str) -> str:
@@ -77,22 +76,18 @@ def _append_row(connection: Connection, entry: Entry) -> str:
     root, sequence = entry.digest, 1
     if entry.predecessor is None:
         new = {"root": root, "kind": entry.log, "name": None, "head": root, "next_number": 1, "removed": False}
-        connection.execute(insert(Log).values(new))
+        connection.execute(statements.INSERT_LOG, new)
     else:
         root, sequence = _follow(connection, entry)
-        connection.execute(update(Log).where(Log.root == root).values(head=entry.digest))
+        connection.execute(statements.MOVE_HEAD, {"log": root, "digest": entry.digest})
     columns = ("digest", "kind", "name", "time", "author", "predecessor")
     row = {column: getattr(entry, column) for column in columns}
-    connection.execute(insert(EntryRow).values(root=root, sequence=sequence, **row))
+    connection.execute(statements.INSERT_ENTRY, {"root": root, "sequence": sequence, **row})
     return root
 
 
 def _follow(connection: Connection, entry: Entry) -> tuple[str, int]:
-    before = connection.execute(
-        select(EntryRow.root, EntryRow.sequence, Log.kind)
-        .join(Log, Log.root == EntryRow.root)
-        .where(EntryRow.digest == entry.predecessor)
-    ).one_or_none()
+    before = connection.execute(statements.ENTRY_OF_DIGEST, {"digest": entry.predecessor}).one_or_none()
     if before is None or before.kind != entry.log:
         raise _senseless(entry, f"follows {entry.predecessor}, which is not in a log of its kind")
     return before.root, before.sequence + 1
@@ -101,15 +96,15 @@ def _follow(connection: Connection, entry: Entry) -> tuple[str, int]:
 def _publish(connection: Connection, root: str, entry: Entry) -> None:
     content, summary = entry.content, entry.content["summary"]
     number = content["number"]
-    next_number = connection.scalar(select(Log.next_number).where(Log.root == root))
+    next_number = connection.scalar(statements.NEXT_NUMBER, {"log": root})
     if next_number is None or number < next_number:
         raise _senseless(entry, f"uses the version number {number} again")
-    connection.execute(update(Log).where(Log.root == root).values(next_number=number + 1, removed=False))
+    connection.execute(statements.TAKE_NUMBER, {"log": root, "following": number + 1})
     key = {"root": root, "number": number}
     version = {column: summary[column] for column in _FROM_SUMMARY}
     version |= {"digest": content["version"], "base_digest": summary["base"], "message": content["message"]}
     version |= {"created_at": entry.time, "entry": entry.digest, "removed": False}
-    connection.execute(insert(Version).values(**key, **version))
+    connection.execute(statements.INSERT_VERSION, {**key, **version})
     modules = sorted(set(summary["modules"]))
     _insert(connection, VersionModule, [{**key, "reversed_name": reversed_name(module)} for module in modules])
     _insert(connection, VersionFile, [{**key, **_picked(file, "path", "digest", "bytes")} for file in summary["files"]])
@@ -160,6 +155,17 @@ def _remove_versions(connection: Connection, root: str, entry: Entry) -> None:
         connection.execute(update(Log).where(Log.root == root).values(removed=True))
 
 
+def _restore_versions(connection: Connection, root: str, entry: Entry) -> None:
+    whole, numbers = entry.content["whole"], entry.content["numbers"]
+    gone = and_(Version.root == root, Version.number.in_(numbers), Version.removed)
+    if not numbers or connection.scalar(select(func.count()).where(gone)) != len(numbers):
+        raise _senseless(entry, f"restores versions {numbers}, not all of which were removed")
+    if whole != connection.scalar(select(Log.removed).where(Log.root == root)):
+        raise _senseless(entry, "is wrong about whether the adapter was removed")
+    connection.execute(update(Version).where(gone).values(removed=False))
+    connection.execute(update(Log).where(Log.root == root).values(removed=False))
+
+
 def _add_base(connection: Connection, root: str, entry: Entry) -> None:
     base = {column: entry.content[column] for column in _OF_BASE}
     connection.execute(delete(Base).where(Base.root == root))
@@ -181,6 +187,7 @@ _EFFECTS: dict[tuple[str, str], Callable[[Connection, str, Entry], None]] = {
     ("adapter", "metric"): _metric,
     ("adapter", "rename"): _rename,
     ("adapter", "remove"): _remove_versions,
+    ("adapter", "restore"): _restore_versions,
     ("base", "add"): _add_base,
     ("base", "remove"): _remove_base,
 }
@@ -203,6 +210,8 @@ def _set_values(
     connection: Connection, table: type[Label | Metric], key: dict[str, Any], values: dict[str, Any]
 ) -> None:
     """Set each key's value, or drop it where the value is None."""
+    if not values:
+        return
     of_version: ColumnElement[bool] = and_(table.root == key["root"], table.number == key["number"])
     connection.execute(delete(table).where(of_version, table.key.in_(list(values))))
     _insert(connection, table, [{**key, "key": k, "value": v} for k, v in values.items() if v is not None])

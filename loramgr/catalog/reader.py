@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, select, tuple_
 
+from loramgr.catalog import statements
 from loramgr.catalog.bases import find_base, load_bases
+from loramgr.catalog.history import children_entries, names_of_log, newest_entries
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.selection import ordering, selection
 from loramgr.catalog.tables import Base, EntryRow, Log, Parent, Tag, Version, VersionFile
+from loramgr.catalog.usage import BlobUse, blob_uses
 from loramgr.catalog.versions import load_versions, reference
 from loramgr.digests import is_digest
 from loramgr.errors import NotFoundError, UsageError
@@ -23,7 +26,7 @@ from loramgr.references import Reference, parse_reference
 if TYPE_CHECKING:
     from loramgr.catalog.versions import Keys
 
-__all__ = ["LogState", "Reader"]
+__all__ = ["LogState", "Reader", "RecordedEntry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,17 @@ class LogState:
     head: str
     next_number: int
     removed: bool
+
+
+class RecordedEntry(NamedTuple):
+    """What the catalog has of a log entry: all but its content."""
+
+    digest: str
+    predecessor: str | None
+    kind: str
+    name: str
+    time: str
+    author: str
 
 
 class Reader:
@@ -56,9 +70,7 @@ class Reader:
 
     def log_state(self, kind: LogKind, name: str) -> LogState | None:
         """Return the state of the log of that name, removed or not; None when the name is free."""
-        row = self._connection.execute(
-            select(Log.root, Log.head, Log.next_number, Log.removed).where(Log.kind == kind, Log.name == name)
-        ).one_or_none()
+        row = self._connection.execute(statements.STATE_OF_LOG, {"log_kind": kind, "log_name": name}).one_or_none()
         return None if row is None else LogState(*row)
 
     def versions(self, query: VersionQuery | None = None) -> list[VersionRecord]:
@@ -92,6 +104,19 @@ class Reader:
         if state is None or state.removed:
             raise self._absent(name, parse_reference(name))
         return load_versions(self._connection, _live().where(Version.root == state.root))
+
+    def versions_called(self, references: Sequence[str]) -> dict[str, VersionRecord]:
+        """Return the versions that are there of those written as `name@vN`, by these references."""
+        parsed = [parse_reference(ref) for ref in references]
+        named = tuple_(Log.name, Version.number).in_([(ref.name, ref.number) for ref in parsed])
+        keys = _live().where(Log.kind == "adapter", Log.name.in_({ref.name for ref in parsed}), named)
+        return {reference(found.name, found.version): found for found in load_versions(self._connection, keys)}
+
+    def newest(self, name: str) -> tuple[int, str] | None:
+        """Return number and digest of an adapter's newest version, None when there is no such adapter."""
+        adapter = {"log_kind": "adapter", "log_name": name}
+        row = self._connection.execute(statements.NEWEST_VERSION, adapter).one_or_none()
+        return None if row is None else (row.number, row.digest)
 
     def versions_of_base(self, digest: str) -> list[VersionRecord]:
         """Return every version that belongs to the base of that digest, by name, newest first."""
@@ -133,6 +158,30 @@ class Reader:
         """Yield the digest of every log entry that the catalog knows, sorted."""
         yield from self._connection.scalars(select(EntryRow.digest).order_by(EntryRow.digest))
 
+    def recorded_entries(self) -> list[RecordedEntry]:
+        """Return what the catalog has of every log entry, in the order of their digests."""
+        columns = [getattr(EntryRow, name) for name in RecordedEntry._fields]
+        return [RecordedEntry(*row) for row in self._connection.execute(select(*columns).order_by(EntryRow.digest))]
+
+    def heads(self) -> dict[str, str]:
+        """Return the digest of each log's last entry, by that of its first."""
+        return {root: head for root, head in self._connection.execute(select(Log.root, Log.head))}
+
+    def removed(self, ref: str) -> list[VersionRecord]:
+        """Return the removed versions that a reference means, a bare name those of its adapter; newest first.
+
+        Removed versions have no tags. Empty when there are none; UsageError when the reference is malformed.
+        """
+        parsed = parse_reference(ref)
+        keys = select(Version.root, Version.number).join(Log, Log.root == Version.root).where(Version.removed)
+        if parsed.name is not None:
+            keys = keys.where(Log.name == parsed.name)
+        if parsed.digest is not None:
+            keys = keys.where(Version.digest >= parsed.digest, Version.digest < f"{parsed.digest}g")
+        if parsed.number is not None:
+            keys = keys.where(Version.number == parsed.number)
+        return load_versions(self._connection, keys)
+
     def version_digests(self) -> Iterator[str]:
         """Yield the digests of the manifests of all versions that are not removed, sorted, each once."""
         yield from self._connection.scalars(
@@ -145,6 +194,23 @@ class Reader:
         yield from self._connection.scalars(
             select(VersionFile.digest).join(Version, live).distinct().order_by(VersionFile.digest)
         )
+
+    def live_publications(self) -> Iterator[str]:
+        """Yield the digests of the entries that published the versions that are not removed."""
+        yield from self._connection.scalars(select(Version.entry).where(~Version.removed))
+
+    def newest_entries(self, root: str | None, limit: int | None) -> list[str]:
+        """Return the digests of a log's entries, or of all logs' where `root` is None, newest first."""
+        return newest_entries(self._connection, root, limit)
+
+    def children_entries(self, root: str, digest: str, number: int) -> list[str]:
+        """Return the entries that published a version with this version of the log `root` as a parent."""
+        references = [reference(name, number) for name in names_of_log(self._connection, root)]
+        return children_entries(self._connection, digest, references)
+
+    def blob_uses(self) -> Iterator[BlobUse]:
+        """Yield which adapter's and base's versions consist of which blobs, removed versions included."""
+        return blob_uses(self._connection)
 
     def compare(self, entries: Iterable[Entry]) -> list[str]:
         """Return what differs between the rows and those that these entries give, empty when nothing does.

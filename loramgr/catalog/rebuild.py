@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -12,13 +10,14 @@ from sqlalchemy import Connection, insert
 
 from loramgr.catalog import schema
 from loramgr.catalog.chains import Chains, follow
-from loramgr.catalog.engine import WRITE, open_engine, transaction
+from loramgr.catalog.engine import WRITE, explained, open_engine, transaction
 from loramgr.catalog.fold import apply, name_log
 from loramgr.catalog.tables import Workspace
 from loramgr.durable import appear, sync_folder
 from loramgr.errors import IntegrityError
 from loramgr.log import Entry
 from loramgr.records import RebuildReport
+from loramgr.temporary import temporary_folder
 
 __all__ = ["build", "fold", "rebuild"]
 
@@ -36,16 +35,13 @@ def rebuild(path: Path, uuid: str, entries: Iterable[Entry]) -> RebuildReport:
 
 def build(path: Path, uuid: str, entries: Iterable[Entry], *, replace: bool) -> RebuildReport:
     """Make a catalog beside its place and let it appear there whole; without `replace`, only if nothing is there."""
-    folder = Path(tempfile.mkdtemp(prefix=".catalog-", dir=path.parent))
-    try:
+    with temporary_folder(path.parent, schema.TEMPORARY) as folder:
         built = folder / path.name
         engine = open_engine(built, create=True)
-        with engine.connect() as connection, connection.begin():
+        with explained(path), engine.connect() as connection, connection.begin():
             schema.migrate(connection)
             report = fold(connection, uuid, entries)
         _appear(built, path, replace=replace)
-    finally:
-        shutil.rmtree(folder)
     return report
 
 

@@ -6,9 +6,7 @@ to migrate.
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -16,10 +14,12 @@ from sqlalchemy import Connection, inspect
 
 from loramgr.catalog.engine import WRITE, explained, open_engine, transaction
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
+from loramgr.temporary import temporary_folder
 
-__all__ = ["HEAD_REVISION", "check", "current", "migrate", "revision_of", "upgrade"]
+__all__ = ["HEAD_REVISION", "TEMPORARY", "check", "current", "migrate", "revision_of", "upgrade"]
 
 HEAD_REVISION = "0001"
+TEMPORARY = ".catalog-"
 
 
 def scripts_folder() -> Path:
@@ -100,12 +100,9 @@ def migrate(connection: Connection, scripts: Path | None = None) -> None:
 
 def _back_up(path: Path, revision: str) -> None:
     """Copy through SQLite, not by reading the file: closing it would drop this process's locks on it (POSIX)."""
-    folder = Path(tempfile.mkdtemp(prefix=".catalog-", dir=path.parent))
-    try:
+    with temporary_folder(path.parent, TEMPORARY) as folder:
         copy = folder / path.name
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
         copy.replace(path.with_name(f"{path.name}.{revision}.bak"))
-    finally:
-        shutil.rmtree(folder)

@@ -8,14 +8,15 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loramgr.durable import make_folder
 from loramgr.errors import ConflictError, LoramgrError
 
-__all__ = ["check_free", "exchange", "is_vacant", "staged"]
+__all__ = ["check_free", "exchange", "is_vacant", "staged", "sweep"]
 
-_LOCK = ".loramgr-lock"
+_LOCK, _FOLDER, _ASIDE = "loramgr-lock", "loramgr-partial", "loramgr-replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -47,41 +48,63 @@ def staged(output: Path, *, replace: bool = False) -> Iterator[Path]:
     killed process left is swept by the next one.
     """
     output = output.absolute()
-    if not replace and not is_vacant(output):
-        raise ConflictError(f"{output}: there is something already", "choose another folder, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.loramgr-partial"
-    lock = _claim(folder, output)
-    try:
+    make_folder(output.parent)
+    with _claimed(output) as folder:
+        if not replace and not is_vacant(output):
+            raise ConflictError(f"{output}: there is something already", "choose another folder, or remove it")
+        folder.mkdir()
         yield folder
         _sync_tree(folder)
-        (folder / _LOCK).unlink()
         _appear(folder, output, replace=replace)
+
+
+def sweep(output: Path) -> None:
+    """Take away what a killed process that was building `output` left beside it, and put back what it moved aside.
+
+    Raises ConflictError when a process is still building it.
+    """
+    output = output.absolute()
+    if any(os.path.lexists(path) for path in (_beside(output, mark) for mark in (_LOCK, _FOLDER, _ASIDE))):
+        with _claimed(output):
+            pass
+
+
+def _beside(output: Path, mark: str) -> Path:
+    return output.parent / f".{output.name}.{mark}"
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[Path]:
+    """Give the place of the staging folder, with nothing there, to one process; a dead one's lock is gone with it.
+
+    The lock lies beside the folder, so that it is held until the last of the folder has been taken away.
+    """
+    path, folder, aside = (_beside(output, mark) for mark in (_LOCK, _FOLDER, _ASIDE))
+    lock = _lock(path, output)
+    try:
+        if aside.exists():
+            shutil.rmtree(aside) if output.exists() else aside.rename(output)
+        if folder.exists():
+            shutil.rmtree(folder)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # the old folder after an exchange, the torso after a failure
+        with suppress(OSError):  # the work is done or has failed already; the next one can use the file as well
+            path.unlink()
         os.close(lock)
 
 
-def _claim(folder: Path, output: Path) -> int:
-    """Lock the staging folder and empty it; the lock of a process that died is gone with it."""
+def _lock(path: Path, output: Path) -> int:
     while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:
-            continue  # its owner finished between the two calls
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(lock)
             raise ConflictError(f"{output}: another process is writing it", "wait for it, then try again") from error
-        if _is_same_file(lock, folder / _LOCK):
-            break
-        os.close(lock)
-    for left in folder.iterdir():
-        if left.name != _LOCK:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return lock
+        if _is_same_file(lock, path):
+            return lock
+        os.close(lock)  # its last owner took the file away between the two calls
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
@@ -120,7 +143,7 @@ def _appear(folder: Path, output: Path, *, replace: bool) -> None:
 
 
 def exchange(new: Path, old: Path) -> None:
-    """Swap two folders of one file system: atomically where the system can, else in two renames."""
+    """Swap two folders of one file system: atomically where the system can, else in renames that `sweep` can undo."""
     library = ctypes.CDLL(None, use_errno=True)
     if hasattr(library, "renameat2"):
         first, second = os.fsencode(new), os.fsencode(old)
@@ -129,7 +152,11 @@ def exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(old))
-    aside = old.parent / f"{new.name}-old"
+    aside = _beside(old, _ASIDE)
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     aside.rename(new)

@@ -10,18 +10,19 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader, BufferedWriter, BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from loramgr.digests import CHUNK, PREFIX, digest_bytes, digest_file, is_digest
-from loramgr.durable import appear, sync_folder
+from loramgr.digests import PREFIX, digest_bytes, digest_file, is_digest
+from loramgr.durable import appear, make_folder, sync_folder
 from loramgr.errors import IntegrityError, LoramgrError, NotFoundError, UncheckedError, UsageError
 
-__all__ = ["FANOUT", "BlobStore", "StoredFile"]
+__all__ = ["FANOUT", "BlobStore", "Observer", "Readable", "StoredFile", "copy"]
 
 FANOUT = tuple(f"{number:02x}" for number in range(256))
+_PIECE = 1 << 18
 _REST = re.compile(r"[0-9a-f]{62}")
 
 
@@ -31,6 +32,16 @@ class StoredFile(NamedTuple):
     digest: str
     bytes: int
     created: bool
+
+
+class Readable(Protocol):
+    """Something that can be read piece by piece."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the buffer from its beginning, as far as it goes, and return how far; 0 at the end."""
+
+
+Observer = Callable[[memoryview], object]
 
 
 class BlobStore:
@@ -97,6 +108,13 @@ class BlobStore:
         except OSError as error:
             raise self._unreadable(digest, error) from error
 
+    def modified(self, digest: str) -> float:
+        """Return when the file came, in seconds since 1970; IntegrityError when it is missing."""
+        try:
+            return self._location(digest).stat().st_mtime
+        except OSError as error:
+            raise self._unreadable(digest, error) from error
+
     def contains(self, digest: str) -> bool:
         """Say whether a file of that name is there, sound or not."""
         return self._location(digest).is_file()
@@ -114,6 +132,21 @@ class BlobStore:
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
 
+    def move(self, digests: Iterable[str], target: BlobStore) -> None:
+        """Move files, in this order, to another collection of the same file system; durable when it returns.
+
+        A file of that name there is replaced.
+        """
+        left, entered = set[Path](), set[Path]()
+        for digest in digests:
+            source, goal = self._location(digest), target._location(digest)
+            make_folder(goal.parent)
+            source.replace(goal)
+            left.add(source.parent)
+            entered.add(goal.parent)
+        for folder in (*sorted(entered), *sorted(left)):  # in this order: found in both places rather than in none
+            sync_folder(folder)
+
     def _location(self, digest: str) -> Path:
         if not is_digest(digest):
             raise UsageError(f"{digest!r} is not a digest")
@@ -125,7 +158,7 @@ class BlobStore:
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                digest, size = _copy(source, file)
+                digest, size = copy(source, file)
                 if expected not in (None, digest):
                     raise IntegrityError(f"{origin}the content is {digest}, expected was {expected}")
                 sound = self._is_sound(digest)
@@ -164,10 +197,17 @@ class BlobStore:
         return UncheckedError(f"{self.kind} {digest} cannot be read: {error.strerror}")
 
 
-def _copy(source: BufferedReader | BytesIO, target: BufferedWriter) -> tuple[str, int]:
-    """Copy to the end and hash what is written, so a source that changes meanwhile cannot make the digest lie."""
+def copy(source: Readable, target: BufferedWriter, observe: Observer | None = None) -> tuple[str, int]:
+    """Copy to the end and hash what is written, so a source that changes meanwhile cannot make the digest lie.
+
+    `observe`, when given, sees every piece of it, as long as the call lasts.
+    """
     hasher, size = hashlib.sha256(), 0
-    while chunk := source.read(CHUNK):
-        hasher.update(chunk)
-        size += target.write(chunk)
+    buffer = memoryview(bytearray(_PIECE))  # one for all pieces: fresh memory costs more than the copy
+    while count := source.readinto(buffer):
+        piece = buffer[:count]
+        hasher.update(piece)
+        size += target.write(piece)
+        if observe is not None:
+            observe(piece)
     return PREFIX + hasher.hexdigest(), size

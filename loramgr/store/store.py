@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
-from loramgr.durable import sync_folder
+from loramgr.durable import make_folder, sync_folder
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
+from loramgr.store.aside import Aside
 from loramgr.store.blobs import FANOUT, BlobStore
+from loramgr.temporary import temporary_folder
 
 __all__ = ["LAYOUT", "Store"]
 
@@ -20,13 +20,14 @@ LAYOUT = 1
 COLLECTIONS = {"blobs": "blob", "manifests": "manifest", "entries": "log entry"}
 SCRATCH = "scratch"
 DESCRIPTION = "workspace.json"
+PREFIX = ".store-"
 
 
 class Store:
     """A store that exists; opening it writes nothing, so it can be read from a read-only mount.
 
-    `blobs` holds the files of versions, `manifests` what versions are, `entries` what happened to names;
-    `uuid` pairs it with its catalog.
+    `blobs` holds the files of versions, `manifests` what versions are, `entries` what happened to names; `trash` what
+    gc took out of them, `quarantine` what was damaged. `uuid` pairs the store with its catalog.
     """
 
     def __init__(self, root: Path, uuid: str) -> None:
@@ -35,6 +36,12 @@ class Store:
         self.blobs, self.manifests, self.entries = (
             BlobStore(root / folder, kind, root / SCRATCH) for folder, kind in COLLECTIONS.items()
         )
+        self.trash, self.quarantine = Aside(root / "trash"), Aside(root / "quarantine")
+
+    @property
+    def collections(self) -> tuple[BlobStore, BlobStore, BlobStore]:
+        """The collections in the order in which files may go: what refers to others first."""
+        return self.entries, self.manifests, self.blobs
 
     @classmethod
     def create(cls, root: Path) -> Store:
@@ -44,7 +51,7 @@ class Store:
         Raises OSError where the file system refuses.
         """
         if not (root / DESCRIPTION).exists():
-            root.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(root.parent)
             _make(root)
         return cls.open(root)
 
@@ -82,8 +89,7 @@ def _read_description(root: Path) -> dict[str, Any]:
 
 
 def _make(root: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=".store-", dir=root.parent))
-    try:
+    with temporary_folder(root.parent, PREFIX) as temporary:
         temporary.chmod(0o755)
         _fill(temporary)
         try:
@@ -92,8 +98,6 @@ def _make(root: Path) -> None:
             if not (root / DESCRIPTION).exists():
                 raise
         sync_folder(root.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fill(root: Path) -> None:

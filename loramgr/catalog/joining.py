@@ -1,0 +1,48 @@
+"""Takes in logs from elsewhere: of two copies of one log the longer goes on, and two that differ are a conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, select, update
+
+from loramgr.catalog.fold import apply, name_log
+from loramgr.catalog.tables import EntryRow, Log
+from loramgr.digests import short
+from loramgr.errors import ConflictError
+from loramgr.log import Entry
+
+__all__ = ["join"]
+
+
+def join(connection: Connection, logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+    """Append to each log the entries that the catalog lacks, and return these, log by log, in their order.
+
+    Each log is given whole, from its first entry. Raises ConflictError when both sides went on from one entry, naming
+    both heads, or when a name is another log's; IntegrityError when an entry makes no sense.
+    """
+    new = [list(log[_common(connection, log) :]) for log in logs]
+    heads: list[tuple[str, str]] = []
+    for entries in filter(None, new):
+        for entry in entries:
+            root = apply(connection, entry)
+        heads.append((root, entries[-1].name))
+    roots = [root for root, _ in heads]
+    connection.execute(update(Log).where(Log.root.in_(roots)).values(name=None))  # two logs may change names
+    for root, name in heads:
+        name_log(connection, root, name)
+    return new
+
+
+def _common(connection: Connection, log: Sequence[Entry]) -> int:
+    """Return how many entries of the log are here already; ConflictError when it has others here."""
+    rows = select(EntryRow.digest).where(EntryRow.root == log[0].digest).order_by(EntryRow.sequence)
+    here = list(connection.scalars(rows))
+    common = min(len(here), len(log))
+    if here[:common] == [entry.digest for entry in log[:common]]:
+        return common
+    raise ConflictError(
+        f"the log of {log[-1].log} {log[-1].name!r} went on in both places: here its head is {short(here[-1])}, "
+        f"there {short(log[-1].digest)}",
+        "keep the one in a home of its own, and add its versions under another name",
+    )

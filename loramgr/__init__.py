@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     )
     from loramgr.records import (
         AddedVersion,
+        Addition,
+        ArchiveReport,
         BaseRecord,
         BaseReference,
         BaseVerification,
         ExportReport,
         FileRecord,
+        GcReport,
+        HistoryEntry,
         InspectReport,
         MergeCheck,
         MergedAdapter,
@@ -38,10 +42,11 @@ if TYPE_CHECKING:
         StoreVerification,
         TensorChange,
         UnmergeReport,
+        Usage,
         VersionRecord,
         to_json,
     )
-    from loramgr.workspace import AddOptions, MergeOptions, VersionQuery, Workspace
+    from loramgr.workspace import AddOptions, MergeOptions, Retention, VersionQuery, Workspace
 
 __version__ = "0.1.0"
 
@@ -50,12 +55,16 @@ _HOMES = ("loramgr.errors", "loramgr.records", "loramgr.workspace")
 __all__ = [
     "AddOptions",
     "AddedVersion",
+    "Addition",
+    "ArchiveReport",
     "BaseRecord",
     "BaseReference",
     "BaseVerification",
     "ConflictError",
     "ExportReport",
     "FileRecord",
+    "GcReport",
+    "HistoryEntry",
     "IncompatibleError",
     "InspectReport",
     "IntegrityError",
@@ -68,12 +77,14 @@ __all__ = [
     "NotFoundError",
     "RebuildReport",
     "Removal",
+    "Retention",
     "SchemaReport",
     "StatusReport",
     "StoreVerification",
     "TensorChange",
     "UncheckedError",
     "UnmergeReport",
+    "Usage",
     "UsageError",
     "VersionQuery",
     "VersionRecord",

@@ -8,14 +8,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from loramgr.errors import LoramgrError
+
 __all__ = [
     "AddedVersion",
+    "Addition",
     "ArchiveReport",
     "BaseRecord",
     "BaseReference",
     "BaseVerification",
     "ExportReport",
     "FileRecord",
+    "GcReport",
     "HistoryEntry",
     "InspectReport",
     "MergeCheck",
@@ -110,6 +114,26 @@ class AddedVersion(VersionRecord):
 
     created: bool
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What came of adding several adapters: the versions in their order, and the error of each path that failed."""
+
+    added: list[AddedVersion]
+    failed: dict[str, LoramgrError]
+
+    def check(self) -> None:
+        """Raise an error of the first failure's kind that tells all of them, when there are any."""
+        if not self.failed:
+            return
+        first = next(iter(self.failed.values()))
+        told = "".join(
+            f"\n{error.message}" if path in error.message else f"\n{path}: {error.message}"
+            for path, error in self.failed.items()
+        )
+        total = len(self.added) + len(self.failed)
+        raise type(first)(f"{len(self.failed)} of {total} adapters were not added:{told}", first.hint)
 
 
 @dataclass(frozen=True)
@@ -225,11 +249,31 @@ class BaseVerification:
 
 @dataclass(frozen=True)
 class StoreVerification:
-    """The result of reading the store and the catalog again; entries are `kind digest: what is wrong`."""
+    """The result of reading the store and the catalog again; things are named as `kind digest: what is wrong`.
+
+    `checked` is the number of files looked at; `unchecked` what could not be read, so that nothing is known about it;
+    `repaired` what a repair did, before the rest was read once more.
+    """
 
     checked: int
     corrupt: list[str]
     missing: list[str]
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What gc took out of the store and into its trash, as `kind digest`, and their size in bytes.
+
+    `purged` is what had been in the trash for longer than the grace and is deleted for good, of `purged_bytes`.
+    """
+
+    removed: list[str]
+    bytes: int
+    purged: list[str]
+    purged_bytes: int
     notes: list[str] = field(default_factory=list)
 
 

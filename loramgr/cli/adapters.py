@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from loramgr.cli.lazy import Command
-from loramgr.cli.options import force_option, measurement, name_argument, pair, ref_argument
+from loramgr.cli.options import force_option, jobs_option, measurement, name_argument, pair, ref_argument
 from loramgr.cli.session import Session
 
 __all__ = ["add", "export", "inspect", "list_adapters", "log"]
@@ -26,18 +26,32 @@ SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - b
 @click.option("--label", "labels", multiple=True, type=pair, metavar="K=V", help="Label to give it.")
 @click.option("--metric", "metrics", multiple=True, type=measurement, metavar="K=NUMBER", help="Metric to give it.")
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="Its parent.  [default: the latest version]")
+@click.option("--all", "everything", is_flag=True, help="Add the adapters beneath PATH too where it is one itself.")
 @force_option
+@jobs_option
 @click.pass_obj
-def add(session: Session, /, path: Path, **options: Any) -> None:
-    """Import a checkpoint as a new version of an adapter.
+def add(session: Session, /, path: Path, everything: bool, jobs: int | None, **options: Any) -> None:
+    """Import a checkpoint as a new version of an adapter, or all beneath a folder.
 
     PATH is the folder or file of an adapter. Its configuration, weights, README and tokenizer are kept; the same
     files and configuration again are the version that is there already.
+
+    Where PATH is a folder and no adapter, or with --all, every adapter at most three folders beneath it is added, by
+    name, the checkpoints of a run by their numbers and its end after them. Each gets the name it would get alone, with
+    the folders above it before that where two would share one; --name makes all of them versions of one adapter, and a
+    tag goes to the last version of a name. An adapter that fails does not stop the others: stderr tells every failure,
+    and the exit code is that of the first. Adding again adds what is missing.
     """
     from loramgr.workspace import AddOptions
 
     options |= {key: dict(options[key]) for key in ("labels", "metrics")}
-    session.sink.show(session.workspace().add(path, AddOptions(**options)))
+    workspace, chosen = session.workspace(jobs), AddOptions(**options)
+    if everything or workspace.holds_several(path):
+        addition = workspace.add_all(path, chosen)
+        session.sink.show(addition.added)
+        addition.check()
+    else:
+        session.sink.show(workspace.add(path, chosen))
 
 
 @click.command(cls=Command)

@@ -29,11 +29,17 @@ COMMANDS = {
     "rename": Listed("loramgr.cli.edits:rename", "Rename an adapter."),
     "bind": Listed("loramgr.cli.edits:bind", "Tie an adapter to a base: a new version."),
     "remove": Listed("loramgr.cli.edits:remove", "Remove a version, or a whole adapter."),
+    "prune": Listed("loramgr.cli.upkeep:prune", "Remove old versions by a rule."),
+    "restore": Listed("loramgr.cli.upkeep:restore", "Bring back what remove or prune took."),
     "merge": Listed("loramgr.cli.merging:merge", "Merge adapters into a base: a model folder ready to deploy."),
     "unmerge": Listed("loramgr.cli.merging:unmerge", "Give back the base of a merged folder, bit for bit."),
     "status": Listed("loramgr.cli.merging:status", "Tell what a model folder is and whether it changed."),
     "verify-merge": Listed("loramgr.cli.merging:verify_merge", "Replay a recorded merge and compare bit for bit."),
     "verify": Listed("loramgr.cli.database:verify", "Read the store again and compare the catalog with the logs."),
+    "gc": Listed("loramgr.cli.upkeep:gc", "Take out of the store what nothing refers to."),
+    "history": Listed("loramgr.cli.home:history", "Show who did what when, newest first."),
+    "du": Listed("loramgr.cli.home:du", "Show how many bytes adapters take."),
+    "home": Listed("loramgr.cli.home:home", "Put a whole home into one archive, or restore one."),
     "db": Listed("loramgr.cli.database:db", "Look after the catalog's schema, or rebuild it from the logs."),
 }
 

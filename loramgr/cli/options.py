@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
 from pathlib import Path
 
 import click
 
 __all__ = [
+    "age",
     "base_argument",
     "device_option",
     "dry_run_option",
@@ -16,6 +19,7 @@ __all__ = [
     "measurement",
     "name_argument",
     "pair",
+    "part",
     "ref_argument",
     "yes_option",
 ]
@@ -36,6 +40,23 @@ def measurement(text: str) -> tuple[str, float]:
         return key, float(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} in {text!r} is not a number.") from error
+
+
+def age(text: str) -> timedelta:
+    """Read 0, 30m, 24h or 7d; a usage error for anything else."""
+    match = re.fullmatch(r"([0-9]{1,6})([smhd])|(0)", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not an age: write 0, 30m, 24h or 7d.")
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    return timedelta(**{units[match[2]]: int(match[1])}) if match[2] else timedelta(0)
+
+
+def part(text: str) -> tuple[int, int]:
+    """Read N/T, the N-th of T parts; a usage error where there is no such part."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"{text!r} is not a part: write N/T, from 1/T to T/T.")
+    return int(match[1]), int(match[2])
 
 
 _folder = click.Path(path_type=Path)

@@ -45,11 +45,11 @@ class Sink:
         if lines:
             print("\n".join(map(printable, lines)))
 
-    def verdict(self, record: Any, ok: bool) -> None:
-        """Show the record of a check; one that is not ok ends the command with exit code 5."""
+    def verdict(self, record: Any, ok: bool, exit_code: int = 5) -> None:
+        """Show the record of a check; one that is not ok ends the command with the exit code."""
         self.show(record)
         if not ok:
-            click.get_current_context().exit(5)
+            click.get_current_context().exit(exit_code)
 
     def note(self, text: str) -> None:
         """Tell a person something beside the data; silent with `--quiet`."""

@@ -7,14 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from loramgr.cli.happenings import phrase
 from loramgr.digests import short
 from loramgr.records import (
     BaseRecord,
     BaseReference,
     FileRecord,
+    HistoryEntry,
     InspectReport,
     MergedAdapter,
     ModuleRecord,
+    Usage,
     VersionRecord,
 )
 
@@ -60,6 +63,8 @@ def names(record: Any) -> list[str]:
         return [line for item in record for line in names(item)]
     if isinstance(record, VersionRecord):
         return [f"{record.name}@v{record.version}"]
+    if isinstance(record, HistoryEntry):
+        return [record.digest]
     for field in ("name", "output", "removed", "revision"):
         value = getattr(record, field, None)
         if value is not None:
@@ -80,10 +85,19 @@ def _rows(records: list[Any]) -> list[str]:
     """Return a table of records of one kind, without the columns that say nothing; no line when there are none."""
     if not records:
         return []
-    columns = _BASE_COLUMNS if isinstance(records[0], BaseRecord) else _VERSION_COLUMNS
+    columns = _COLUMNS.get(type(records[0]), _VERSION_COLUMNS)
     read = {heading: [value(record) for record in records] for heading, value in columns.items()}
     told = {heading: cells for heading, cells in read.items() if any(cell not in (None, "") for cell in cells)}
-    return table(list(told), list(zip(*told.values(), strict=True)))
+    rows = list(zip(*told.values(), strict=True))
+    return [*table(list(told), rows), *_total(records)]
+
+
+def _total(records: list[Any]) -> list[str]:
+    """Return the line that adds up what several things take."""
+    if not isinstance(records[0], Usage):
+        return []
+    total = sum(record.bytes for record in records)
+    return [f"total {size(total)} ({total:,} bytes)"]
 
 
 _BASE_COLUMNS: dict[str, Callable[[BaseRecord], Cell]] = {
@@ -108,6 +122,27 @@ _VERSION_COLUMNS: dict[str, Callable[[VersionRecord], Cell]] = {
     "METRICS": lambda version: _text(version.metrics),
     "CREATED": lambda version: version.created_at[:19].replace("T", " "),
     "MESSAGE": lambda version: version.message,
+}
+
+_HISTORY_COLUMNS: dict[str, Callable[[HistoryEntry], Cell]] = {
+    "TIME": lambda entry: entry.time[:19].replace("T", " "),
+    "AUTHOR": lambda entry: entry.author,
+    "NAME": lambda entry: entry.name if entry.log == "adapter" else f"{entry.log} {entry.name}",
+    "EVENT": lambda entry: entry.kind,
+    "WHAT": lambda entry: phrase(entry.content),
+    "ENTRY": lambda entry: short(entry.digest),
+}
+
+_USAGE_COLUMNS: dict[str, Callable[[Usage], Cell]] = {
+    "NAME": lambda usage: usage.name,
+    "SIZE": lambda usage: size(usage.bytes),
+    "BYTES": lambda usage: usage.bytes,
+}
+
+_COLUMNS: dict[type, dict[str, Callable[[Any], Cell]]] = {
+    BaseRecord: _BASE_COLUMNS,
+    HistoryEntry: _HISTORY_COLUMNS,
+    Usage: _USAGE_COLUMNS,
 }
 
 _MODULE_COLUMNS: dict[str, Callable[[ModuleRecord], Cell]] = {

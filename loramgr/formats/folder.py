@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -63,8 +65,10 @@ def kept_files(path: Path, include: Sequence[str]) -> list[str]:
     """
     folder = adapter_folder(path)
     kept = {CONFIGURATION, weights_file(folder).name}
+    there = os.listdir(folder)
     for pattern in _KEPT:
-        kept.update(_matches(folder, pattern))
+        if fnmatch.filter(there, pattern.partition("/")[0]):  # to look for each would take most of the time of a read
+            kept.update(_matches(folder, pattern))
     for pattern in include:
         kept.update(_included(folder, pattern))
     return sorted(kept, key=str.encode)

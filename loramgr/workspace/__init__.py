@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loramgr.catalog.query import VersionQuery
-from loramgr.workspace.options import AddOptions, MergeOptions
+from loramgr.workspace.options import AddOptions, MergeOptions, Retention
 from loramgr.workspace.workspace import Workspace
 
-__all__ = ["AddOptions", "MergeOptions", "VersionQuery", "Workspace"]
+__all__ = ["AddOptions", "MergeOptions", "Retention", "VersionQuery", "Workspace"]

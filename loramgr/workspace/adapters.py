@@ -1,10 +1,10 @@
-"""Use cases about adapters: import a checkpoint, look at versions, write them out."""
+"""What a version is and how it is published, and the use case that writes one out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +14,37 @@ from loramgr.catalog.reader import LogState
 from loramgr.checkpoints.staging import staged
 from loramgr.digests import canonical_json
 from loramgr.errors import ConflictError, IncompatibleError, NotFoundError
-from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
+from loramgr.formats import adapter_folder, kept_files, read_adapter
 from loramgr.formats.examination import Examination
-from loramgr.records import AddedVersion, ExportReport, FileRecord, VersionRecord
-from loramgr.references import check_name, check_tag, is_path
+from loramgr.records import ExportReport, FileRecord, VersionRecord
+from loramgr.references import is_path
 from loramgr.workspace.home import Home
-from loramgr.workspace.matching import match_base
 from loramgr.workspace.options import AddOptions
 from loramgr.workspace.sources import absolute, slug
 
-__all__ = ["MANIFEST_SCHEMA", "add_adapter", "export_adapter", "manifest", "publish", "reference"]
+__all__ = [
+    "MANIFEST_SCHEMA",
+    "annotate",
+    "check_finite",
+    "doubts",
+    "export_adapter",
+    "find_same",
+    "manifest",
+    "natural_name",
+    "parents_of",
+    "publish",
+    "record_version",
+    "reference",
+    "summary",
+]
 
 MANIFEST_SCHEMA = 1
 _MANY = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """An adapter's folder as it was read: what it is, its bytes examined, and the files that a version keeps."""
-
-    folder: Path
-    adapter: Adapter
-    examination: Examination
-    files: list[str]
-
-
 def reference(version: VersionRecord) -> str:
     """Return how a version is written: `name@vN`."""
     return f"{version.name}@v{version.version}"
-
-
-def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
-    """Import a checkpoint as a new version, or find the version that it is already.
-
-    Raises IncompatibleError for what cannot be read exactly, does not fit its base, or holds NaN or infinities;
-    ConflictError when a tag belongs to another version.
-    """
-    name = check_name(options.name) if options.name is not None else _natural_name(path)
-    for tag in options.tags:
-        check_tag(tag)
-    checkpoint = _read(path, options)
-    match = match_base(home, checkpoint.adapter, options.base, force=options.force)
-    with home.provisional() as new:
-        files = [replace(new.put_blob(checkpoint.folder / file), path=file) for file in checkpoint.files]
-        version = new.put_manifest(manifest(checkpoint.adapter, files, match.digest))
-        with home.writing() as writer:
-            existing = _same(writer, name, files, match.digest if options.base is not None else None)
-            if existing is None:
-                content = {
-                    "version": version,
-                    "summary": summary(checkpoint.adapter, checkpoint.examination, files, match.digest),
-                    "parents": _parents(writer, name, options.parents),
-                }
-                record = publish(home, writer, name, content, options)
-            else:
-                record = _annotate(home, writer, existing, options)
-    return AddedVersion(
-        **{field: getattr(record, field) for field in VersionRecord.__dataclass_fields__},
-        created=existing is None,
-        warnings=[*checkpoint.adapter.warnings, *_doubts(checkpoint.examination), *match.warnings],
-    )
 
 
 def export_adapter(home: Home, ref: str, output: Path) -> ExportReport:
@@ -136,6 +107,11 @@ def publish(home: Home, writer: Writer, name: str, content: Mapping[str, Any], o
     The caller's transaction sees to it that the number is nobody else's. Raises ConflictError when a tag is taken and
     IntegrityError when a file has gone from the store meanwhile.
     """
+    return writer.version(record_version(home, writer, name, content, options))
+
+
+def record_version(home: Home, writer: Writer, name: str, content: Mapping[str, Any], options: AddOptions) -> str:
+    """Record that a version was published, as `publish` does, and return its reference."""
     state = writer.log_state("adapter", name)
     number = 1 if state is None else state.next_number
     for tag in options.tags:
@@ -151,26 +127,25 @@ def publish(home: Home, writer: Writer, name: str, content: Mapping[str, Any], o
         "recipe": None,
     }
     home.record(writer, "adapter", "publish", name, {**content, **said})
-    return writer.version(f"{name}@v{number}")
+    return f"{name}@v{number}"
 
 
-def _read(path: Path, options: AddOptions) -> Checkpoint:
-    adapter = read_adapter(path)
-    examination = examine(adapter)
-    if examination.non_finite and not options.force:
+def check_finite(path: Path, examination: Examination) -> None:
+    """Raise IncompatibleError, naming the tensors, for an adapter with NaN or infinite values."""
+    if examination.non_finite:
         tensors = ", ".join(examination.non_finite[:_MANY])
         raise IncompatibleError(
             f"{path}: NaN or infinite values in {tensors}", "train it again, or --force to keep it as it is"
         )
-    return Checkpoint(adapter_folder(path), adapter, examination, kept_files(path, options.include))
 
 
-def _natural_name(path: Path) -> str:
+def natural_name(path: Path) -> str:
+    """Return the name an adapter gets when none is given: its folder's, or that of the run it is a checkpoint of."""
     folder = absolute(adapter_folder(path))
     return slug(folder.parent.name if folder.name.startswith("checkpoint-") else folder.name)
 
 
-def _same(writer: Writer, name: str, files: Sequence[FileRecord], base: str | None) -> VersionRecord | None:
+def find_same(writer: Writer, name: str, files: Sequence[FileRecord], base: str | None) -> VersionRecord | None:
     """Return the version that has these files already; one of another base than the one asked for is another."""
     found = writer.find_version_by_files(name, files)
     if found is None or base is None or (found.base is not None and found.base.digest == base):
@@ -178,16 +153,16 @@ def _same(writer: Writer, name: str, files: Sequence[FileRecord], base: str | No
     return None
 
 
-def _parents(writer: Writer, name: str, asked: Sequence[str]) -> list[dict[str, str]]:
+def parents_of(writer: Writer, name: str, asked: Sequence[str]) -> list[dict[str, str]]:
+    """Return the parents of a name's next version: those asked for, else its newest version, if there is one."""
     if asked:
-        parents = [writer.version(ref) for ref in asked]
-    else:
-        state = writer.log_state("adapter", name)
-        parents = [] if state is None or state.removed else writer.log(name)[:1]
-    return [{"ref": reference(parent), "digest": parent.digest} for parent in parents]
+        versions = [writer.version(ref) for ref in asked]
+        return [{"ref": reference(version), "digest": version.digest} for version in versions]
+    newest = writer.newest(name)
+    return [] if newest is None else [{"ref": f"{name}@v{newest[0]}", "digest": newest[1]}]
 
 
-def _annotate(home: Home, writer: Writer, version: VersionRecord, options: AddOptions) -> VersionRecord:
+def annotate(home: Home, writer: Writer, version: VersionRecord, options: AddOptions) -> VersionRecord:
     """Say of a version that is there already what a new one would have been published with."""
     for tag in options.tags:
         if tag not in version.tags:
@@ -213,7 +188,8 @@ def _check_tag_is_free(writer: Writer, name: str, tag: str, state: LogState | No
         )
 
 
-def _doubts(examination: Examination) -> list[str]:
+def doubts(examination: Examination) -> list[str]:
+    """Return a sentence for a person when the adapter does nothing."""
     zero = examination.zero_updates
     if not zero:
         return []

@@ -30,7 +30,7 @@ def add_base(home: Home, source: str, name: str | None) -> BaseRecord:
     tensors = fingerprint(checkpoint, home.jobs, home.progress, FingerprintCache(home.cache))
     lines = tensor_lines(tensors.values())
     content = _content(checkpoint, tensors, shown, revision)
-    with home.provisional() as files, home.catalog.writing() as writer:
+    with home.provisional() as files, home.writing() as writer:
         existing = _live(writer, name)
         if existing is not None and existing.digest != content["digest"]:
             raise _taken(name, existing)
@@ -71,7 +71,7 @@ def remove_base(home: Home, text: str, *, force: bool, dry_run: bool) -> Removal
     Raises ConflictError while versions belong to it and no other name has the same digest, unless forced.
     """
     name = show_base(home, text).name
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         record = writer.base(name)
         users = writer.versions_of_base(record.digest)
         alone = len(writer.bases_with_digest(record.digest)) == 1

@@ -20,7 +20,7 @@ __all__ = ["bind", "label", "measure", "remove", "rename", "tag", "untag"]
 def tag(home: Home, ref: str, name: str, *, move: bool) -> VersionRecord:
     """Give a version a tag; ConflictError when another version of the adapter has it, unless it is to move."""
     check_tag(name)
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         version = writer.version(ref)
         if name not in version.tags:
             holder = _holder(writer, version.name, name)
@@ -37,7 +37,7 @@ def untag(home: Home, ref: str) -> VersionRecord:
     name = parse_reference(ref).tag
     if name is None:
         raise UsageError(f"{ref!r} names no tag", "loramgr untag NAME@TAG")
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         version = writer.version(ref)
         home.record(writer, "adapter", "untag", version.name, {"tag": name})
         return writer.version(reference(version))
@@ -56,7 +56,7 @@ def measure(home: Home, ref: str, metrics: Mapping[str, float | None]) -> Versio
 def rename(home: Home, name: str, new: str) -> VersionRecord:
     """Give an adapter another name; ConflictError when it is taken. The log keeps both."""
     check_name(new)
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         writer.log(name)  # NotFoundError for an adapter that is not there
         if name != new:
             home.record(writer, "adapter", "rename", new, {"from": name})
@@ -83,7 +83,7 @@ def bind(home: Home, ref: str, base: str, *, force: bool = False) -> VersionReco
     options = AddOptions(message=version.message, labels=version.labels, metrics=version.metrics)
     with home.provisional() as new:
         digest = new.put_manifest(manifest(adapter, files, match.digest))
-        with home.catalog.writing() as writer:
+        with home.writing() as writer:
             return publish(home, writer, version.name, {"version": digest, **content}, options)
 
 
@@ -94,7 +94,7 @@ def remove(home: Home, ref: str, *, force: bool, dry_run: bool) -> Removal:
     """
     parsed = parse_reference(ref)
     whole = parsed.name is not None and (parsed.number, parsed.tag, parsed.digest) == (None, None, None)
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         versions = writer.log(str(parsed.name)) if whole and "@" not in ref else [writer.version(ref)]
         name, removed = versions[0].name, [reference(version) for version in versions]
         whole = len(versions) == len(writer.log(name))
@@ -130,7 +130,7 @@ def _holder(writer: Writer, name: str, tag_name: str) -> VersionRecord | None:
 def _edit(
     home: Home, ref: str, kind: str, values: Mapping[str, str | None] | Mapping[str, float | None]
 ) -> VersionRecord:
-    with home.catalog.writing() as writer:
+    with home.writing() as writer:
         version = writer.version(ref)
         known: Mapping[str, object] = version.labels if kind == "label" else version.metrics
         absent = sorted(key for key, value in values.items() if value is None and key not in known)

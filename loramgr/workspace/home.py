@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import socket
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from loramgr.catalog.catalog import Catalog, Writer
+from loramgr.catalog.needs import mentioned
 from loramgr.digests import digest_bytes
-from loramgr.errors import ConflictError, IntegrityError
+from loramgr.errors import ConflictError, IncompatibleError, IntegrityError, LoramgrError
 from loramgr.log import Entry, LogKind
 from loramgr.records import FileRecord, VersionRecord
 from loramgr.store.blobs import BlobStore
+from loramgr.store.locks import locked
 from loramgr.store.store import Store
+from loramgr.temporary import temporary_folder
 
-__all__ = ["CATALOG", "Home", "NewFiles", "default_home"]
+__all__ = ["CATALOG", "Home", "NewFiles", "catalog_path", "default_home", "file_state"]
 
 CATALOG = "catalog.sqlite3"
 
@@ -34,6 +37,23 @@ def default_home() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("loramgr"))
+
+
+def catalog_path(home: Path) -> Path:
+    """Return where the catalog of a home is: in it, or where `LORAMGR_CATALOG_URL` says.
+
+    Raises IncompatibleError for a URL of anything but an SQLite file; it is not repeated, it may hold a password.
+    """
+    url = os.environ.get("LORAMGR_CATALOG_URL")
+    if not url:
+        return home / CATALOG
+    scheme, _, path = url.partition(":///")
+    if scheme != "sqlite" or not path:
+        kind = url.partition(":")[0]
+        raise IncompatibleError(
+            f"LORAMGR_CATALOG_URL: catalogs of kind {kind!r} are not supported", "LORAMGR_CATALOG_URL=sqlite:///PATH"
+        )
+    return Path(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +74,7 @@ class Home:
         is missing, IncompatibleError when another loramgr wrote them, and OSError where it cannot be made.
         """
         store = Store.create(path / "store")
-        catalog = path / CATALOG
+        catalog = catalog_path(path)
         if not catalog.exists() and next(store.entries.digests(), None) is not None:
             raise IntegrityError(f"{catalog}: the catalog of this store is missing", "loramgr db rebuild")
         return cls(path, store, Catalog.open(catalog, store.uuid), jobs, progress)
@@ -63,6 +83,34 @@ class Home:
     def cache(self) -> Path:
         """Where facts about files outside are remembered; it may be deleted at any time."""
         return self.path / "cache"
+
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Open the catalog for a change of the logs, with gc kept away; the block's end is the acknowledgement.
+
+        When the block or the end fails, nothing has changed and the recorded entries are gone from the store again.
+        Raises ConflictError when gc or another writer takes too long.
+        """
+        with locked(self.store.root):
+            recorded: list[str] = []
+            try:
+                with self.catalog.writing() as writer:
+                    recorded = writer.appended
+                    yield writer
+            except BaseException:
+                with suppress(LoramgrError, OSError):  # what stays then is for gc; the failure is what has to be told
+                    self._withdraw(recorded)
+                raise
+
+    def _withdraw(self, entries: list[str]) -> None:
+        """Take entries out of the store again that did not come to count, the last one first."""
+        if not entries:
+            return
+        with self.catalog.writing() as writer:  # for which SQLite first settles what an interrupted commit left open
+            known = {*writer.entry_digests()}
+        for digest in reversed(entries):
+            if digest not in known:
+                self.store.entries.discard(digest)
 
     def record(self, writer: Writer, log: LogKind, kind: str, name: str, content: Mapping[str, Any]) -> Entry:
         """Append what happened to the log of that name: to the catalog's open transaction, and to the store.
@@ -79,36 +127,51 @@ class Home:
 
     @contextmanager
     def provisional(self) -> Iterator[NewFiles]:
-        """Put files into the store that a version or base will refer to; when the block fails, they are gone again."""
-        files = NewFiles(self.store)
-        try:
-            yield files
-        except BaseException:
-            with self.catalog.writing() as writer:  # nobody publishes meanwhile, and publishing looks for its files
-                files.discard(referenced={*writer.file_digests(), *writer.version_digests()})
-            raise
+        """Put files into the store that a version or base will refer to; when the block fails, they are gone again.
+
+        Gc is kept away until the end of the block, so what it finds in the store is still there when it is published.
+        """
+        with locked(self.store.root):
+            files = NewFiles(self.store)
+            try:
+                yield files
+            except BaseException:
+                with suppress(LoramgrError, OSError):  # what stays then is for gc; the failure is what has to be told
+                    self.tidy(files)
+                raise
+
+    def tidy(self, files: NewFiles) -> None:
+        """Take files out of the store again, but for those that an entry names, even one that does not count."""
+        with self.catalog.writing():  # nobody publishes meanwhile, and publishing looks for its files
+            entries = (Entry.decode(self.store.entries.get(digest)) for digest in self.store.entries.digests())
+            needs = mentioned(entries)
+            files.discard(referenced={*needs.blobs, *needs.manifests})
 
     @contextmanager
     def files_of(self, version: VersionRecord) -> Iterator[Path]:
         """Give a folder with the files of a version, hashed again, for the duration of the block.
 
-        Raises IntegrityError when one is missing or damaged.
+        Raises IntegrityError when one is missing or damaged, or when they are not those that the manifest names, which
+        the version digest names.
         """
-        for file in version.files:
-            self.store.blobs.check(file.digest)
-        with self._temporary_folder() as folder:
-            for file in version.files:
-                _link(self.store.blobs.path(file.digest), folder / file.path)
+        named = json.loads(self.store.manifests.get(version.digest))["files"]
+        if named != [asdict(file) for file in sorted(version.files, key=lambda file: file.path)]:
+            raise IntegrityError(
+                f"the catalog has other files for {version.name}@v{version.version} than its manifest", "loramgr verify"
+            )
+        with self.laid_out(version) as folder:
             yield folder
 
     @contextmanager
-    def _temporary_folder(self) -> Iterator[Path]:
+    def laid_out(self, version: VersionRecord) -> Iterator[Path]:
+        """Give a folder as `files_of` does, without a look at the manifest."""
+        for file in version.files:
+            self.store.blobs.check(file.digest)
         scratch = self.store.root / "scratch"
-        folder = Path(tempfile.mkdtemp(dir=scratch if os.access(scratch, os.W_OK) else None))
-        try:
+        with temporary_folder(scratch if os.access(scratch, os.W_OK) else None) as folder:
+            for file in version.files:
+                _link(self.store.blobs.path(file.digest), folder / file.path)
             yield folder
-        finally:
-            shutil.rmtree(folder)
 
 
 class NewFiles:
@@ -122,11 +185,11 @@ class NewFiles:
         """Store a file's content or bytes; the record's path is empty."""
         if isinstance(source, bytes):
             return FileRecord("", self._put(self._store.blobs, source), len(source))
-        before = _state(source)
+        before = file_state(source)
         stored = self._store.blobs.put_file(source)
         if stored.created:
             self._added.append((self._store.blobs, stored.digest))
-        if _state(source) != before:
+        if file_state(source) != before:
             raise ConflictError(f"{source}: the file was written to while it was read", "add it when it is complete")
         return FileRecord("", stored.digest, stored.bytes)
 
@@ -134,8 +197,12 @@ class NewFiles:
         """Store a manifest and return its digest."""
         return self._put(self._store.manifests, data)
 
+    def adopt(self, added: Iterable[tuple[BlobStore, str]]) -> None:
+        """Count files as new that were put into the store by other means."""
+        self._added += added
+
     def discard(self, referenced: set[str]) -> None:
-        """Take the files out again, but for those that somebody else refers to by now."""
+        """Take the files out again, but for those that something refers to by now."""
         for collection, digest in self._added:
             if digest not in referenced:
                 collection.discard(digest)
@@ -148,7 +215,8 @@ class NewFiles:
         return digest
 
 
-def _state(path: Path) -> tuple[int, int, int]:
+def file_state(path: Path) -> tuple[int, int, int]:
+    """Return what tells a file that was written to or replaced from one that was not."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 

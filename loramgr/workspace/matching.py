@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from loramgr.adapter import Adapter
-from loramgr.catalog.reader import Reader
 from loramgr.checkpoints.binding import Binding, bind
-from loramgr.checkpoints.families import tied_groups
+from loramgr.checkpoints.families import TieGroup, tied_groups
 from loramgr.digests import TensorDigest, parse_tensor_lines
 from loramgr.errors import IncompatibleError, LoramgrError
 from loramgr.records import BaseRecord
@@ -17,7 +18,7 @@ from loramgr.tensorfile import TensorSpec
 from loramgr.workspace.home import Home
 from loramgr.workspace.sources import OpenBase, find_base, is_outside, open_source, slug
 
-__all__ = ["Match", "bind_registered", "bind_to", "match_base"]
+__all__ = ["Match", "Matcher", "bind_registered", "bind_to", "match_base"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +29,108 @@ class Match:
     warnings: tuple[str, ...] = ()
 
 
-def match_base(home: Home, adapter: Adapter, asked: str | None, *, force: bool) -> Match:
-    """Find the adapter's base: the one asked for, else by recorded digest, else by the name in its configuration.
+class Matcher:
+    """Finds the bases of adapters among those registered when it was made; what it reads of a base it keeps.
 
-    Raises IncompatibleError when the adapter does not fit the base, or records another one than asked for; with
-    `force` these become warnings.
+    `asked` is the base asked for, None for the one that an adapter records or names; with `force` an adapter that does
+    not fit, or records another base, is a warning. Several threads may share it.
     """
-    if asked is not None:
-        return _asked(home, adapter, asked, force=force)
-    if adapter.base_digest is not None:
-        return _recorded(home, adapter, adapter.base_digest, force=force)
-    with home.catalog.reading() as reader:
-        named = _named(reader, adapter.base_name)
-    digests = sorted({base.digest for base in named})
-    if len(digests) == 1:
-        return Match(named[0].digest, _check(home, adapter, named[0], force=force))
-    said = f" It names {adapter.base_name!r}." if adapter.base_name else ""
-    why = (
-        f"{len(digests)} registered bases go by the name it gives" if digests else "no registered base goes by its name"
-    )
-    return Match(None, (f"no base: {why}.{said} Tie it to one with `loramgr bind`.",))
+
+    def __init__(self, home: Home, asked: str | None, *, force: bool) -> None:
+        self._home = home
+        self._asked = asked
+        self._force = force
+        with home.catalog.reading() as reader:
+            self._bases = reader.bases()
+        self._layouts: dict[str, _Layout] = {}
+
+    def match(self, adapter: Adapter) -> Match:
+        """Find the adapter's base: the one asked for, else by recorded digest, else by the name it gives.
+
+        Raises IncompatibleError when the adapter does not fit the base, or records another one than asked for.
+        """
+        if self._asked is not None:
+            return self._match_asked(adapter, self._asked)
+        if adapter.base_digest is not None:
+            return self._match_recorded(adapter, adapter.base_digest)
+        named = _named(self._bases, adapter.base_name)
+        digests = sorted({base.digest for base in named})
+        if len(digests) == 1:
+            return Match(named[0].digest, self._check(adapter, named[0]))
+        said = f" It names {adapter.base_name!r}." if adapter.base_name else ""
+        why = (
+            f"{len(digests)} registered bases go by the name it gives"
+            if digests
+            else "no registered base goes by its name"
+        )
+        return Match(None, (f"no base: {why}.{said} Tie it to one with `loramgr bind`.",))
+
+    @cached_property
+    def _outside(self) -> OpenBase:
+        return find_base(self._home, str(self._asked))
+
+    @cached_property
+    def _registered(self) -> BaseRecord:
+        with self._home.catalog.reading() as reader:
+            return reader.base(str(self._asked))
+
+    def _match_asked(self, adapter: Adapter, asked: str) -> Match:
+        if is_outside(asked):
+            digest = self._outside.digest
+            warnings = _tolerated(lambda: bind_to(adapter, self._outside), force=self._force)
+        else:
+            digest = self._registered.digest
+            warnings = self._check(adapter, self._registered)
+        if adapter.base_digest not in (None, digest):
+            message = f"the adapter records the base {adapter.base_digest}, and {asked} is {digest}"
+            if not self._force:
+                raise IncompatibleError(message, "give the base it was trained on, or --force where you know better")
+            warnings += (message,)
+        return Match(digest, warnings)
+
+    def _match_recorded(self, adapter: Adapter, digest: str) -> Match:
+        bases = [base for base in self._bases if base.digest == digest]
+        if not bases:
+            return Match(digest, (f"the recorded base {digest} is not registered here: loramgr base add PATH",))
+        return Match(digest, self._check(adapter, bases[0]))
+
+    def _check(self, adapter: Adapter, base: BaseRecord) -> tuple[str, ...]:
+        if base.name not in self._layouts:
+            self._layouts[base.name] = _layout(self._home, base)
+        return _tolerated(lambda: self._layouts[base.name].bind(adapter), force=self._force, base=base.name)
+
+
+def match_base(home: Home, adapter: Adapter, asked: str | None, *, force: bool) -> Match:
+    """Find the base of one adapter; see `Matcher`."""
+    return Matcher(home, asked, force=force).match(adapter)
 
 
 def bind_registered(home: Home, adapter: Adapter, base: BaseRecord) -> Binding:
     """Bind an adapter's updates to a registered base by names and shapes; IncompatibleError when they do not fit."""
+    return _layout(home, base).bind(adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What an adapter has to fit: the tensors, which of their names are one, and the configuration, None without."""
+
+    specs: dict[str, TensorSpec]
+    ties: list[TieGroup]
+    config: dict[str, Any] | None
+
+    def bind(self, adapter: Adapter) -> Binding:
+        return bind(adapter, self.specs, self.ties, self.config)
+
+
+def _layout(home: Home, base: BaseRecord) -> _Layout:
     tensors = parse_tensor_lines(home.store.blobs.get(base.digest))
     specs = {name: _spec(tensor) for name, tensor in tensors.items()}
     try:
         checkpoint, _, _ = open_source(base.source, base.revision)
     except (LoramgrError, OSError):  # names and shapes are known without the files; only config.json is not
-        return bind(adapter, specs, tied_groups(None, list(specs)), None)
+        return _Layout(specs, tied_groups(None, list(specs)), None)
     ties = tied_groups(checkpoint.config, list(specs), checkpoint.aliases)
-    return bind(adapter, specs, ties, checkpoint.config)
+    return _Layout(specs, ties, checkpoint.config)
 
 
 def bind_to(adapter: Adapter, base: OpenBase) -> Binding:
@@ -70,37 +141,6 @@ def bind_to(adapter: Adapter, base: OpenBase) -> Binding:
 
 def _spec(tensor: TensorDigest) -> TensorSpec:
     return TensorSpec(tensor.name, tensor.dtype, tensor.shape)
-
-
-def _asked(home: Home, adapter: Adapter, asked: str, *, force: bool) -> Match:
-    warnings: tuple[str, ...] = ()
-    if is_outside(asked):
-        base = find_base(home, asked)
-        digest = base.digest
-        warnings += _tolerated(lambda: bind_to(adapter, base), force=force)
-    else:
-        with home.catalog.reading() as reader:
-            record = reader.base(asked)
-        digest = record.digest
-        warnings += _check(home, adapter, record, force=force)
-    if adapter.base_digest not in (None, digest):
-        message = f"the adapter records the base {adapter.base_digest}, and {asked} is {digest}"
-        if not force:
-            raise IncompatibleError(message, "give the base it was trained on, or --force where you know better")
-        warnings += (message,)
-    return Match(digest, warnings)
-
-
-def _recorded(home: Home, adapter: Adapter, digest: str, *, force: bool) -> Match:
-    with home.catalog.reading() as reader:
-        bases = reader.bases_with_digest(digest)
-    if not bases:
-        return Match(digest, (f"the recorded base {digest} is not registered here: loramgr base add PATH",))
-    return Match(digest, _check(home, adapter, bases[0], force=force))
-
-
-def _check(home: Home, adapter: Adapter, base: BaseRecord, *, force: bool) -> tuple[str, ...]:
-    return _tolerated(lambda: bind_registered(home, adapter, base), force=force, base=base.name)
 
 
 def _tolerated(check: Callable[[], object], *, force: bool, base: str | None = None) -> tuple[str, ...]:
@@ -115,11 +155,10 @@ def _tolerated(check: Callable[[], object], *, force: bool, base: str | None = N
     return ()
 
 
-def _named(reader: Reader, name: str | None) -> list[BaseRecord]:
+def _named(bases: list[BaseRecord], name: str | None) -> list[BaseRecord]:
     """Return the bases that a configuration's `base_model_name_or_path` may mean, by the first rule that finds any."""
     if not name:
         return []
-    bases = reader.bases()
     last = Path(name.rstrip("/")).name
     rules = (
         [base for base in bases if base.name == name],

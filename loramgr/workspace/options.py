@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["AddOptions", "MergeOptions"]
+__all__ = ["AddOptions", "MergeOptions", "Retention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,18 @@ class MergeOptions:
     force: bool = False
     replacements_of: str | None = None
     keep_tied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which versions of an adapter to keep.
+
+    `last` is how many of the newest, at least 1; `best` are metrics of which the version with the highest value stays,
+    or after a `-` the lowest, and all of those that share it. Tagged versions and parents of other adapters' versions
+    stay too; with `force` only where `tagged` asks for the tagged ones.
+    """
+
+    last: int
+    tagged: bool = False
+    best: Sequence[str] = ()
+    force: bool = False

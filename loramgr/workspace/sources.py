@@ -12,7 +12,7 @@ from loramgr.checkpoints.families import TieGroup, tied_groups
 from loramgr.checkpoints.fingerprint import FingerprintCache, fingerprint
 from loramgr.checkpoints.source import Checkpoint, open_checkpoint
 from loramgr.digests import TensorDigest, parse_tensor_lines, tensors_digest
-from loramgr.errors import LoramgrError, NotFoundError
+from loramgr.errors import LoramgrError, NotFoundError, UncheckedError
 from loramgr.records import BaseRecord
 from loramgr.references import is_path
 from loramgr.workspace.home import Home
@@ -93,27 +93,28 @@ def find_base(home: Home, text: str) -> OpenBase:
 def base_of_digest(home: Home, digest: str, recorded_source: str | None = None) -> OpenBase:
     """Open a base by its digest: the first registered one whose files are there, else the source a merge recorded.
 
-    NotFoundError when none is there, naming where they were looked for.
+    NotFoundError when none is there, naming where they were looked for; UncheckedError when one cannot be read.
     """
-    failures: list[str] = []
+    failures: list[LoramgrError] = []
     with home.catalog.reading() as reader:
         records = reader.bases_with_digest(digest)
     for record in records:
         try:
             return _open_registered(home, record)
         except LoramgrError as error:
-            failures.append(error.message)
+            failures.append(error)
     if recorded_source is not None and not failures:
         try:
             found = find_base(home, recorded_source)
         except LoramgrError as error:
-            failures.append(error.message)
+            failures.append(error)
         else:
             if found.digest == digest:
                 return found
-            failures.append(f"{recorded_source} is now another model, {found.digest}")
-    where = "; ".join(failures) or "none of that digest is registered"
-    raise NotFoundError(f"the base {digest} is not at hand: {where}", "loramgr base add PATH")
+            failures.append(NotFoundError(f"{recorded_source} is now another model, {found.digest}"))
+    where = "; ".join(error.message for error in failures) or "none of that digest is registered"
+    kind = UncheckedError if any(isinstance(error, UncheckedError) for error in failures) else NotFoundError
+    raise kind(f"the base {digest} is not at hand: {where}", "loramgr base add PATH")
 
 
 def _open_registered(home: Home, record: BaseRecord) -> OpenBase:

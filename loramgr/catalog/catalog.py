@@ -99,6 +99,10 @@ class Catalog:
             raise IntegrityError(f"{path}: the catalog belongs to another store", "loramgr db rebuild")
         return catalog
 
+    def waiting(self, seconds: float) -> Catalog:
+        """Return the same catalog with another time to wait for other processes."""
+        return Catalog(self.path, open_engine(self.path, busy_seconds=seconds))
+
     @contextmanager
     def reading(self) -> Iterator[Reader]:
         """Open a consistent view for the block; ConflictError when a writer holds the catalog for too long."""

@@ -28,6 +28,7 @@ from loramgr.temporary import temporary_folder
 __all__ = ["CATALOG", "Home", "NewFiles", "catalog_path", "default_home", "file_state"]
 
 CATALOG = "catalog.sqlite3"
+_TIDY_SECONDS = 2.0  # whoever waited for the catalog in vain is not to wait as long again; gc takes what stays
 
 
 def default_home() -> Path:
@@ -136,13 +137,16 @@ class Home:
             try:
                 yield files
             except BaseException:
-                with suppress(LoramgrError, OSError):  # what stays then is for gc; the failure is what has to be told
-                    self.tidy(files)
+                self.tidy(files)
                 raise
 
     def tidy(self, files: NewFiles) -> None:
-        """Take files out of the store again, but for those that an entry names, even one that does not count."""
-        with self.catalog.writing():  # nobody publishes meanwhile, and publishing looks for its files
+        """Take files out of the store again, but for those that an entry names, even one that does not count.
+
+        What cannot be taken out, as while another process holds the catalog, is left to gc.
+        """
+        catalog = self.catalog.waiting(_TIDY_SECONDS)
+        with suppress(LoramgrError, OSError), catalog.writing():  # publishing looks for its files, and waits meanwhile
             entries = (Entry.decode(self.store.entries.get(digest)) for digest in self.store.entries.digests())
             needs = mentioned(entries)
             files.discard(referenced={*needs.blobs, *needs.manifests})

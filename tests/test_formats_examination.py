@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from loramgr.adapter import Adapter, Replacement
 from loramgr.digests import TensorDigest, tensors_digest
+from loramgr.errors import IntegrityError
 from loramgr.formats import examine, read_adapter
+from loramgr.formats.examination import FileExaminer
 from loramgr.tensorfile import TensorSpec, TensorView
 
 GOLDEN = "sha256:9882d0f80f9aa540faf24051631059a833b8eb386d101dad2f8e08d8e20126c9"
@@ -106,3 +108,30 @@ def test_the_weights_digest_does_not_depend_on_the_file_format(tmp_path: Path, s
     (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     torch.save(load_file(source / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     assert examine(read_adapter(tmp_path)) == examine(read_adapter(source))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 20])
+def test_a_file_that_passes_in_pieces_says_what_it_says_read_at_once(tmp_path: Path, piece: int) -> None:
+    folder = write_adapter(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4:] = struct.pack("<f", float("inf"))
+    weights.write_bytes(data)
+    adapter = read_adapter(folder)
+    assert FileExaminer.reads(adapter, weights)
+    examiner = FileExaminer(adapter, weights)
+    for start in range(0, len(data), piece):
+        examiner.update(memoryview(data)[start : start + piece])
+    assert examiner.result() == examine(adapter)
+    assert examiner.result().non_finite
+
+
+@pytest.mark.parametrize("change", [b"more", None])
+def test_a_file_that_is_not_as_long_as_its_header_says_has_changed(tmp_path: Path, change: bytes | None) -> None:
+    folder = write_adapter(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    examiner = FileExaminer(read_adapter(folder), weights)
+    data = weights.read_bytes()
+    examiner.update(memoryview(data + change if change else data[:-1]))
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        examiner.result()

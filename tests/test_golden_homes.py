@@ -65,7 +65,7 @@ def refusal(home: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 def test_every_released_schema_has_its_golden_home() -> None:
-    assert REVISIONS == sorted(path.stem.removeprefix("schema-") for path in GOLDEN.glob("schema-*.sql"))
+    assert sorted(path.stem.removeprefix("schema-") for path in GOLDEN.glob("schema-*.sql")) == REVISIONS
 
 
 def test_a_golden_home_keeps_its_rows_and_verifies(home: Path, expected: list[dict[str, object]]) -> None:

@@ -22,13 +22,20 @@ with temporary_folder(Path(sys.argv[1]), ".work-") as folder:
 
 
 def test_the_folder_goes_with_the_block(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), temporary_folder(tmp_path, ".x-") as folder:
-        (folder / "file").write_text("content")
-        assert folder.name.startswith(".x-")
-        assert not is_abandoned(folder)
-        raise KeyError
+    folders = []
+
+    def work() -> None:
+        with temporary_folder(tmp_path, ".x-") as folder:
+            folders.append(folder)
+            (folder / "file").write_text("content")
+            assert not is_abandoned(folder)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        work()
+    assert [folder.name[:3] for folder in folders] == [".x-"]
     assert list(tmp_path.iterdir()) == []
-    assert not is_abandoned(folder)
+    assert not is_abandoned(folders[0])
 
 
 def test_a_folder_that_was_renamed_stays(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -211,68 +211,69 @@ def test_a_damaged_blob_here_is_made_good(home: Workspace, other: Workspace, arc
     assert answers(other) == answers(home)
 
 
-def lies() -> Iterator[tuple[str, Callable[[Members], Members]]]:
-    """Yield ways to forge an archive, each with a name."""
+Change = Callable[[Members], Members]
 
-    def renamed(name: str) -> Callable[[Members], Members]:
-        def change(content: Members) -> Members:
-            content[-1][0].name = name
-            return content
 
-        return change
+def last(**values: object) -> Change:
+    """Return what gives the header of the last member other values."""
 
-    def typed(kind: bytes) -> Callable[[Members], Members]:
-        def change(content: Members) -> Members:
-            content[-1][0].type, content[-1][0].linkname = kind, "/etc/passwd"
-            return [*content[:-1], (content[-1][0], b"")]
-
-        return change
-
-    def sized(size: int) -> Callable[[Members], Members]:
-        def change(content: Members) -> Members:
-            content[-1][0].size += size
-            return content
-
-        return change
-
-    def doubled(content: Members) -> Members:
-        return [*content, content[-1]]
-
-    def swapped(content: Members) -> Members:
-        return [*content[:-2], content[-1], content[-2]]
-
-    def dropped(content: Members) -> Members:
-        return content[:-1]
-
-    def flipped(content: Members) -> Members:
-        info, data = content[-1]
-        return [*content[:-1], (info, bytes([data[0] ^ 1]) + data[1:])]
-
-    def executable(content: Members) -> Members:
-        content[-1][0].mode = 0o777
+    def change(content: Members) -> Members:
+        for name, value in values.items():
+            setattr(content[-1][0], name, value)
         return content
 
-    def miscounted(content: Members) -> Members:
-        info, data = content[0]
-        data = data.replace(b'"blobs": ', b'"blobs": 1')
-        info.size = len(data)
-        return [(info, data), *content[1:]]
-
-    for name in ("../../evil", "/etc/evil", "blobs/../../evil", "cache/aa", f"blobs/{'0' * 63}", f"trash/{'0' * 64}"):
-        yield name, renamed(name)
-    yield "another digest", renamed(f"blobs/{'f' * 64}")
-    for what, kind in (("symlink", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE)):
-        yield what, typed(kind)
-    yield "a folder", typed(tarfile.DIRTYPE)
-    yield "too long", sized(512)
-    yield "too short", sized(-1)
-    yield from (
-        ("twice", doubled), ("out of order", swapped), ("one less", dropped), ("a flipped bit", flipped),
-        ("executable", executable), ("miscounted", miscounted),
-    )  # fmt: skip
+    return change
 
 
-LIES = dict(lies())
+def typed(kind: bytes) -> Change:
+    """Return what makes the last member something else than a file."""
+
+    def change(content: Members) -> Members:
+        (info, _) = last(type=kind, linkname="/etc/passwd", size=0)(content)[-1]
+        return [*content[:-1], (info, b"")]
+
+    return change
+
+
+def sized(difference: int) -> Change:
+    """Return what makes the last member claim another size."""
+
+    def change(content: Members) -> Members:
+        content[-1][0].size += difference
+        return content
+
+    return change
+
+
+def flipped(content: Members) -> Members:
+    info, data = content[-1]
+    return [*content[:-1], (info, bytes([data[0] ^ 1]) + data[1:])]
+
+
+def miscounted(content: Members) -> Members:
+    info, data = content[0]
+    data = data.replace(b'"blobs": ', b'"blobs": 1')
+    info.size = len(data)
+    return [(info, data), *content[1:]]
+
+
+NAMES = ("../../evil", "/etc/evil", "blobs/../../evil", "cache/aa", f"blobs/{'0' * 63}", f"trash/{'0' * 64}")
+LIES: dict[str, Change] = {
+    **{name: last(name=name) for name in NAMES},
+    "another digest": last(name=f"blobs/{'f' * 64}"),
+    "symlink": typed(tarfile.SYMTYPE),
+    "hard link": typed(tarfile.LNKTYPE),
+    "device": typed(tarfile.CHRTYPE),
+    "folder": typed(tarfile.DIRTYPE),
+    "too long": sized(512),
+    "too short": sized(-1),
+    "twice": lambda content: [*content, content[-1]],
+    "out of order": lambda content: [*content[:-2], content[-1], content[-2]],
+    "one less": lambda content: content[:-1],
+    "a flipped bit": flipped,
+    "executable": last(mode=0o777),
+    "miscounted": miscounted,
+}
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -65,7 +64,7 @@ def kept_files(path: Path, include: Sequence[str]) -> list[str]:
     """
     folder = adapter_folder(path)
     kept = {CONFIGURATION, weights_file(folder).name}
-    there = os.listdir(folder)
+    there = [path.name for path in folder.iterdir()]
     for pattern in _KEPT:
         if fnmatch.filter(there, pattern.partition("/")[0]):  # to look for each would take most of the time of a read
             kept.update(_matches(folder, pattern))

@@ -77,3 +77,17 @@ def test_a_new_file_of_the_store_costs_two_syncs_at_most(stages: list[Stage], tm
     syncs = [line for line in log.read_text().splitlines() if f"{home}/store" in line]
     assert len(made) == 5  # three blobs, a manifest and a log entry
     assert 0 < len(syncs) <= 2 * len(made), "\n".join(syncs)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_where_folders_cannot_be_exchanged(stages: list[Stage], number: int, tmp_path: Path) -> None:
+    stage, command = stages[0], "unmerge in place"
+    expected = stage.expect(command)
+    stage.reset()
+    faults = ["-e", "inject=renameat2:error=EINVAL", "-e", f"inject=rename:signal=KILL:when={number}"]
+    pid, code = traced(stage.server, stage.argv(command), ["-e", "trace=rename,renameat2", *faults], tmp_path / "log")
+    assert code == KILLED, stage.server.errors(pid)
+    again = stage.server.run(*stage.argv(command))
+    assert again in (0, expected["again"])
+    assert stage.snapshot(command) == expected["after"]
+    assert [path.name for path in stage.world.iterdir() if path.name.startswith(".")] == []

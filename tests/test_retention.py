@@ -91,6 +91,15 @@ def test_the_parent_of_another_adapters_version_goes_only_by_force_or_with_it(wo
     assert workspace.prune("sql", Retention(last=1, force=True)).removed == ["sql@v3", "sql@v2", "sql@v1"]
 
 
+def test_a_parent_under_an_earlier_name_counts(workspace: Workspace) -> None:
+    add(workspace, "mix", 11, parents=["sql@v1"])
+    workspace.rename("sql", "sequel")
+    add(workspace, "sql", 1)
+    assert workspace.prune(None, Retention(last=1), dry_run=True).removed == ["sequel@v3", "sequel@v2"]
+    workspace.remove("mix")
+    assert workspace.prune(None, Retention(last=1), dry_run=True).removed == ["sequel@v3", "sequel@v2", "sequel@v1"]
+
+
 def test_what_is_kept_for_another_keeps_its_own_parents(workspace: Workspace) -> None:
     add(workspace, "mid", 11, parents=["sql@v1"])
     add(workspace, "mid", 12)

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, se
 
 from loramgr.catalog import statements
 from loramgr.catalog.bases import find_base, load_bases
+from loramgr.catalog.family import children_elsewhere
 from loramgr.catalog.history import children_entries, names_of_log, newest_entries
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.selection import ordering, selection
@@ -153,6 +154,10 @@ class Reader:
             .order_by(Log.name, Version.number)
         )
         return [reference(str(name), number) for name, number in rows]
+
+    def children_elsewhere(self) -> dict[str, list[str]]:
+        """Return the versions that are parents of other adapters' versions, each with these, all as `name@vN`."""
+        return children_elsewhere(self._connection)
 
     def entry_digests(self) -> Iterator[str]:
         """Yield the digest of every log entry that the catalog knows, sorted."""

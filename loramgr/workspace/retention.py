@@ -92,12 +92,8 @@ def _unused(writer: Writer, dropped: Versions) -> list[VersionRecord]:
 
     The versions of one adapter, each the parent of the next, would otherwise keep each other.
     """
-    children = {
-        reference(version): [
-            child for child in writer.children(reference(version)) if child.rpartition("@")[0] != version.name
-        ]
-        for version in dropped
-    }
+    elsewhere = writer.children_elsewhere()
+    children = {ref: elsewhere.get(ref, []) for ref in map(reference, dropped)}
     while held := {ref for ref, found in children.items() if any(child not in children for child in found)}:
         children = {ref: found for ref, found in children.items() if ref not in held}
     return [version for version in dropped if reference(version) in children]

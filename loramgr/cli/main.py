@@ -17,7 +17,9 @@ __all__ = ["cli", "main", "run"]
 
 COMMANDS = {
     "base": Listed("loramgr.cli.bases:base", "Register, check and remove base models."),
-    "add": Listed("loramgr.cli.adapters:add", "Import a checkpoint as a new version of an adapter."),
+    "add": Listed(
+        "loramgr.cli.adapters:add", "Import a checkpoint as a new version of an adapter, or all beneath a folder."
+    ),
     "list": Listed("loramgr.cli.adapters:list_adapters", "List adapters, each by its newest version that matches."),
     "log": Listed("loramgr.cli.adapters:log", "Show the versions of an adapter, newest first."),
     "inspect": Listed("loramgr.cli.adapters:inspect", "Look into an adapter: ranks, norms, what it would change."),

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
-from crash_stage import Stage, make_stages
 from filelock import FileLock
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from crash_stage import Stage
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several processes share the cores
@@ -128,6 +130,8 @@ def smollm2_base() -> Path:
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Stage]]:
     """Return where commands are broken, one stage per core for a soak, else one."""
+    from crash_stage import make_stages
+
     stages = make_stages(tmp_path_factory.mktemp("crash"))
     yield stages
     for stage in stages:

@@ -139,16 +139,28 @@ def test_a_damaged_cache_is_ignored(model: Path, tmp_path: Path, damage: bytes) 
     (entry,) = (tmp_path / "cache").iterdir()
     entry.write_bytes(damage)
     assert digest(model, cache) == before
-    assert json.loads(entry.read_bytes())["path"] == str(model / "model.safetensors")
+    assert json.loads(json.loads(entry.read_bytes())["content"])["path"] == str(model / "model.safetensors")
+
+
+def test_a_flipped_digit_in_the_cache_is_not_believed(model: Path, tmp_path: Path) -> None:
+    cache = FingerprintCache(tmp_path / "cache")
+    before = digest(model, cache)
+    (entry,) = (tmp_path / "cache").iterdir()
+    known = next(iter(fingerprint(open_checkpoint(model), 1, False).values())).sha256
+    assert known.encode() in entry.read_bytes()
+    flipped = known.replace(known[0], "0" if known[0] != "0" else "1", 1)
+    entry.write_bytes(entry.read_bytes().replace(known.encode(), flipped.encode()))
+    assert digest(model, cache) == before
 
 
 def test_a_cache_about_other_tensors_is_ignored(model: Path, tmp_path: Path) -> None:
     cache = FingerprintCache(tmp_path / "cache")
     before = digest(model, cache)
     (entry,) = (tmp_path / "cache").iterdir()
-    content = json.loads(entry.read_bytes())
+    content = json.loads(json.loads(entry.read_bytes())["content"])
     content["tensors"][0][2] = [6, 1]
-    entry.write_text(json.dumps(content))
+    text = json.dumps(content)
+    entry.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
     assert digest(model, cache) == before
 
 

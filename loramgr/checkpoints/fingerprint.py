@@ -54,14 +54,14 @@ class FingerprintCache:
     def get(self, path: Path, state: _State) -> dict[str, TensorDigest]:
         """Return the file's tensors by name, nothing when the file is new or may have changed."""
         try:
-            content = json.loads(self._entry(path).read_bytes())
+            content = _sealed(self._entry(path).read_bytes())
             if content["path"] != str(path.absolute()) or _State(**content["state"]) != state:
                 return {}
             if state.mtime_ns >= content["hashed_ns"] - RACY_NS:
                 return {}
             digests = (TensorDigest(name, dtype, tuple(shape), sha) for name, dtype, shape, sha in content["tensors"])
             return {tensor.name: tensor for tensor in digests}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
     def put(self, path: Path, state: _State, hashed_ns: int, tensors: list[TensorDigest]) -> None:
@@ -69,7 +69,7 @@ class FingerprintCache:
         content = {"path": str(path.absolute()), "state": asdict(state), "hashed_ns": hashed_ns, "tensors": tensors}
         with suppress(OSError):  # a read-only or full disk costs the next reading its shortcut, nothing else
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self._entry(path), json.dumps(content).encode())
+            self._write(self._entry(path), _seal(content))
 
     def _entry(self, path: Path) -> Path:
         return self.folder / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}.json"
@@ -83,6 +83,21 @@ class FingerprintCache:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def _seal(content: dict[str, Any]) -> bytes:
+    """Return an entry's bytes, with the sha256 of its text: a flipped bit must not become a wrong base digest."""
+    text = json.dumps(content)
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}).encode()
+
+
+def _sealed(entry: bytes) -> dict[str, Any]:
+    """Return the content of an entry; ValueError when it is not what was written."""
+    sealed = json.loads(entry)
+    if hashlib.sha256(sealed["content"].encode()).hexdigest() != sealed["sha256"]:
+        raise ValueError("the entry is damaged")
+    content: dict[str, Any] = json.loads(sealed["content"])
+    return content
 
 
 def fingerprint(

@@ -58,8 +58,10 @@ def test_gc_is_alone(tmp_path: Path, theirs: str, ours: bool) -> None:
 
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     with holder(tmp_path, "alone") as process:
+        with pytest.raises(ConflictError), locked(tmp_path, exclusive=True, seconds=0):
+            pytest.fail("two hold what only one can")
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         with locked(tmp_path, exclusive=True, seconds=0):
             pass
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, and_, func, select
 
-from loramgr.catalog.tables import Base, Log, Version, VersionFile
+from loramgr.catalog.tables import Log, Version, VersionFile
+from loramgr.catalog.versions import base_name
 
 __all__ = ["BlobUse", "blob_uses"]
 
@@ -25,19 +26,12 @@ class BlobUse(NamedTuple):
 def blob_uses(connection: Connection) -> Iterator[BlobUse]:
     """Yield the references of all versions to their files, each once for an adapter, removed versions included."""
     of_version = and_(VersionFile.root == Version.root, VersionFile.number == Version.number)
-    base_log = Log.__table__.alias("base_logs")
-    base_name = (
-        select(func.min(base_log.c.name))
-        .join(Base, Base.root == base_log.c.root)
-        .where(Base.digest == Version.base_digest, ~base_log.c.removed)
-        .scalar_subquery()
-    )
     statement = (
         select(
             VersionFile.digest,
             VersionFile.bytes,
             Log.name,
-            func.coalesce(base_name, Version.base_digest),
+            func.coalesce(base_name(), Version.base_digest),
             Version.removed,
         )
         .join(Version, of_version)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, Subquery, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, Subquery, and_, func, select
 
 from loramgr.catalog.tables import Base, Label, Log, Metric, Parent, Tag, Version, VersionFile
 from loramgr.records import BaseReference, FileRecord, VersionRecord
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     Keys = Select[str, int]
     Order = Sequence[ColumnElement[Any]]
 
-__all__ = ["NEWEST_FIRST", "load_versions", "reference"]
+__all__ = ["NEWEST_FIRST", "base_name", "load_versions", "reference"]
 
 NEWEST_FIRST: Order = (Log.name.asc(), Version.number.desc())
 _COLUMNS = (
@@ -46,17 +46,21 @@ def load_versions(connection: Connection, keys: Keys, order: Order = NEWEST_FIRS
     return [_record(row, *(part[row.root, row.number] for part in parts)) for row in rows]
 
 
-def _versions(selected: Subquery, order: Order) -> Select[*tuple[Any, ...]]:
+def base_name() -> ScalarSelect[Any]:
+    """Return the name of a version's base as a subquery: the first by name of those registered with its digest."""
     base_log = Log.__table__.alias("base_logs")
-    base_name = (
+    return (
         select(func.min(base_log.c.name))
         .join(Base, Base.root == base_log.c.root)
         .where(Base.digest == Version.base_digest, ~base_log.c.removed)
         .scalar_subquery()
     )
+
+
+def _versions(selected: Subquery, order: Order) -> Select[*tuple[Any, ...]]:
     columns = [getattr(Version, column) for column in _COLUMNS]
     return (
-        select(Log.name, Version.root, Version.base_digest, base_name.label("base_name"), *columns)
+        select(Log.name, Version.root, Version.base_digest, base_name().label("base_name"), *columns)
         .join(Log, Log.root == Version.root)
         .join(selected, and_(selected.c.root == Version.root, selected.c.number == Version.number))
         .order_by(*order)

@@ -64,6 +64,7 @@ class _Base:
     tied: dict[str, TieGroup]
 
     def spec(self, name: str) -> TensorSpec | None:
+        """Return the tensor of that name, a tied one's by its source; None where the base has none."""
         if name in self.specs:
             return self.specs[name]
         group = self.tied.get(name)

@@ -36,6 +36,7 @@ class _State:
 
     @classmethod
     def read(cls, path: Path) -> _State:
+        """Return the file's state now; OSError where it cannot be looked at."""
         found = path.stat()
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
 

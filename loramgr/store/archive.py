@@ -91,6 +91,7 @@ class _Member:
         self._left = size
 
     def readinto(self, buffer: memoryview, /) -> int:
+        """Fill the buffer with the next bytes and return how many, 0 at the member's end."""
         data = self._archive.take(min(len(buffer), self._left))
         buffer[: len(data)] = data
         self._left -= len(data)

@@ -169,6 +169,7 @@ class _Source(NamedTuple):
     stream: Readable
 
     def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the buffer as the stream does; UncheckedError, naming the file, where it cannot be read."""
         try:
             return self.stream.readinto(buffer)
         except OSError as error:

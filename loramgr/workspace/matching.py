@@ -119,6 +119,7 @@ class _Layout:
     config: dict[str, Any] | None
 
     def bind(self, adapter: Adapter) -> Binding:
+        """Bind the adapter's updates to these tensors; IncompatibleError when they do not fit."""
         return bind(adapter, self.specs, self.ties, self.config)
 
 

@@ -344,13 +344,14 @@ def test_removed_base_is_gone_until_it_is_added_again(book: Logbook) -> None:
     assert resolved(book, "sql").base == BaseReference("minilm", digest)
 
 
-def test_digests_that_verify_asks_for(book: Logbook) -> None:
+def test_entries_that_verify_asks_for(book: Logbook) -> None:
     entries = [book.publish("a").digest, book.publish("b").digest]
     entries.append(book.add("remove", "b", numbers=[1], whole=False).digest)
     with book.catalog.reading() as reader:
         assert list(reader.entry_digests()) == sorted(entries)
-        assert list(reader.version_digests()) == [digest_bytes(b"a 1")]
-        assert list(reader.file_digests()) == [digest_bytes(b"config")]
+        (live,) = reader.versions(VersionQuery(all_versions=True))
+        assert live.digest == digest_bytes(b"a 1")
+        assert [file.digest for file in live.files] == [digest_bytes(b"config")]
 
 
 def test_stale_head_is_a_conflict(book: Logbook) -> None:

@@ -21,6 +21,7 @@ from logbook import Logbook
 from loramgr.catalog.catalog import Catalog
 from loramgr.catalog.chains import follow
 from loramgr.catalog.needs import needs_of
+from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.rebuild import rebuild
 from loramgr.catalog.tables import Table
 from loramgr.digests import digest_bytes
@@ -113,8 +114,10 @@ def test_rebuild_gives_the_same_rows_after_any_life(
     with book.catalog.reading() as reader:
         assert reader.compare(book.entries()) == []
         needs = needs_of(follow(book.entries()).logs)
-        assert needs.manifests.keys() == {*reader.version_digests()}
-        assert needs.blobs.keys() == {*reader.file_digests(), *(base.digest for base in reader.bases())}
+        live = reader.versions(VersionQuery(all_versions=True))
+        files = {file.digest for version in live for file in version.files}
+        assert needs.manifests.keys() == {version.digest for version in live}
+        assert needs.blobs.keys() == files | {base.digest for base in reader.bases()}
     report = rebuild(book.catalog.path, book.store.uuid, book.entries())
     assert rows(book.catalog.path) == before
     assert (report.entries, report.forks) == (len(before["entries"]), [])

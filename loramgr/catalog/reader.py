@@ -187,19 +187,6 @@ class Reader:
             keys = keys.where(Version.number == parsed.number)
         return load_versions(self._connection, keys)
 
-    def version_digests(self) -> Iterator[str]:
-        """Yield the digests of the manifests of all versions that are not removed, sorted, each once."""
-        yield from self._connection.scalars(
-            select(Version.digest).where(~Version.removed).distinct().order_by(Version.digest)
-        )
-
-    def file_digests(self) -> Iterator[str]:
-        """Yield the digests of the files of all versions that are not removed, sorted, each once."""
-        live = and_(Version.root == VersionFile.root, Version.number == VersionFile.number, ~Version.removed)
-        yield from self._connection.scalars(
-            select(VersionFile.digest).join(Version, live).distinct().order_by(VersionFile.digest)
-        )
-
     def live_publications(self) -> Iterator[str]:
         """Yield the digests of the entries that published the versions that are not removed."""
         yield from self._connection.scalars(select(Version.entry).where(~Version.removed))

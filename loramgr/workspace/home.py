@@ -17,9 +17,9 @@ from typing import Any
 from loramgr.catalog.catalog import Catalog, Writer
 from loramgr.catalog.needs import mentioned
 from loramgr.digests import digest_bytes
-from loramgr.errors import ConflictError, IncompatibleError, IntegrityError, LoramgrError
+from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
 from loramgr.log import Entry, LogKind
-from loramgr.records import FileRecord, VersionRecord
+from loramgr.records import VersionRecord
 from loramgr.store.blobs import BlobStore
 from loramgr.store.locks import locked
 from loramgr.store.store import Store
@@ -185,17 +185,9 @@ class NewFiles:
         self._store = store
         self._added: list[tuple[BlobStore, str]] = []
 
-    def put_blob(self, source: Path | bytes) -> FileRecord:
-        """Store a file's content or bytes; the record's path is empty."""
-        if isinstance(source, bytes):
-            return FileRecord("", self._put(self._store.blobs, source), len(source))
-        before = file_state(source)
-        stored = self._store.blobs.put_file(source)
-        if stored.created:
-            self._added.append((self._store.blobs, stored.digest))
-        if file_state(source) != before:
-            raise ConflictError(f"{source}: the file was written to while it was read", "add it when it is complete")
-        return FileRecord("", stored.digest, stored.bytes)
+    def put_blob(self, data: bytes) -> str:
+        """Store bytes as a blob and return their digest."""
+        return self._put(self._store.blobs, data)
 
     def put_manifest(self, data: bytes) -> str:
         """Store a manifest and return its digest."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_files import write_safetensors
 from peft_files import write_adapter
 
 from loramgr import (
@@ -289,3 +290,72 @@ def test_an_entry_of_a_later_loramgr_is_not_put_aside(workspace: Workspace, stor
     (line,) = workspace.verify(repair=True).corrupt
     assert "another version of loramgr" in line
     assert store.entries.contains(digest)
+
+
+@pytest.mark.parametrize("place", ["store", "trash"])
+def test_the_files_of_a_removed_version_count_while_they_can_be_restored(workspace: Workspace, place: str) -> None:
+    digest = config_of(workspace)
+    workspace.remove("other")
+    if place == "trash":
+        workspace.gc(timedelta(0))
+    report = workspace.verify()
+    assert is_clean(report)
+    [path] = (workspace.home / "store").rglob(digest.removeprefix("sha256:")[2:])
+    assert ("trash" in path.parts) is (place == "trash")
+    damage(path)
+    report = workspace.verify()
+    assert report.checked > 0
+    assert [digest in line for line in report.corrupt] == [True]
+    mended = workspace.verify(repair=True)
+    assert any(digest in line and "quarantine" in line for line in mended.repaired)
+    assert is_clean(workspace.verify())
+    with pytest.raises(IntegrityError):
+        workspace.restore("other")
+
+
+@pytest.fixture
+def merged(workspace: Workspace, tmp_path: Path) -> Path:
+    write_safetensors(tmp_path / "base" / "model.safetensors", {"m.q.weight": (6, 4), "m.k.weight": (2, 2)})
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "tiny"}')
+    workspace.base_add(tmp_path / "base", "small")
+    workspace.merge("small", ["sql"], tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_a_merged_folder_that_changed_is_found(workspace: Workspace, merged: Path) -> None:
+    before = workspace.verify()
+    assert is_clean(before)
+    weights = merged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x2a")
+    (merged / "config.json").write_text("{}")
+    report = workspace.verify()
+    assert report.checked == before.checked
+    [line] = report.corrupt
+    assert line.startswith(f"merged folder {merged}: changed since it was made: ")
+    assert "config.json" in line
+    assert is_clean(workspace.verify(quick=True))
+    assert is_clean(workspace.verify(["sql"]))
+
+
+def test_a_merged_folder_with_a_damaged_record_or_weights_is_found(workspace: Workspace, merged: Path) -> None:
+    record = merged / "loramgr-merge.json"
+    whole = record.read_bytes()
+    record.write_bytes(whole[:100])
+    assert any(str(record) in line for line in workspace.verify().corrupt)
+    record.write_bytes(whole)
+    (merged / "model.safetensors").unlink()
+    report = workspace.verify()
+    assert any(str(merged) in line for line in [*report.corrupt, *report.unchecked])
+
+
+def test_a_merged_folder_that_somebody_took_away_is_forgotten(workspace: Workspace, merged: Path) -> None:
+    shutil.rmtree(merged)
+    assert is_clean(workspace.verify())
+    assert not list((workspace.home / "merged").iterdir())
+
+
+def test_a_folder_that_is_another_merge_by_now_is_forgotten(workspace: Workspace, merged: Path, tmp_path: Path) -> None:
+    shutil.rmtree(merged)
+    Workspace(shutil.copytree(workspace.home, tmp_path / "copy")).merge("small", ["other"], merged)
+    assert is_clean(workspace.verify())
+    assert not list((workspace.home / "merged").iterdir())

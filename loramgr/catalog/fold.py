@@ -112,8 +112,8 @@ def _publish(connection: Connection, root: str, entry: Entry) -> None:
     _insert(connection, Parent, [{**key, "position": at, **_picked(parent, "ref", "digest")} for at, parent in parents])
     for tag in content["tags"]:
         _set_tag(connection, root, number, tag)
-    _set_values(connection, Label, key, content["labels"])
-    _set_values(connection, Metric, key, content["metrics"])
+    _insert_values(connection, Label, key, content["labels"])
+    _insert_values(connection, Metric, key, content["metrics"])
 
 
 def _tag(connection: Connection, root: str, entry: Entry) -> None:
@@ -123,7 +123,7 @@ def _tag(connection: Connection, root: str, entry: Entry) -> None:
 
 def _untag(connection: Connection, root: str, entry: Entry) -> None:
     tag = entry.content["tag"]
-    if connection.execute(delete(Tag).where(Tag.root == root, Tag.tag == tag)).rowcount == 0:
+    if connection.execute(statements.DELETE_TAG, {"log": root, "log_tag": tag}).rowcount == 0:
         raise _senseless(entry, f"takes away the tag {tag!r}, which is not there")
 
 
@@ -202,8 +202,8 @@ def _live_number(connection: Connection, root: str, entry: Entry) -> int:
 
 
 def _set_tag(connection: Connection, root: str, number: int, tag: str) -> None:
-    connection.execute(delete(Tag).where(Tag.root == root, Tag.tag == tag))
-    connection.execute(insert(Tag).values(root=root, tag=tag, number=number))
+    connection.execute(statements.DELETE_TAG, {"log": root, "log_tag": tag})
+    connection.execute(statements.INSERT_TAG, {"root": root, "tag": tag, "number": number})
 
 
 def _set_values(
@@ -214,6 +214,12 @@ def _set_values(
         return
     of_version: ColumnElement[bool] = and_(table.root == key["root"], table.number == key["number"])
     connection.execute(delete(table).where(of_version, table.key.in_(list(values))))
+    _insert_values(connection, table, key, values)
+
+
+def _insert_values(
+    connection: Connection, table: type[Label | Metric], key: dict[str, Any], values: dict[str, Any]
+) -> None:
     _insert(connection, table, [{**key, "key": k, "value": v} for k, v in values.items() if v is not None])
 
 

@@ -32,6 +32,12 @@ class Needs:
         self.manifests[version] = {"method": method, "base": base, "files": [*files]}
         self.blobs.update((file["digest"], file["bytes"]) for file in files)
 
+    def without(self, other: Needs) -> Needs:
+        """Return what the other one does not need."""
+        blobs = {digest: size for digest, size in self.blobs.items() if digest not in other.blobs}
+        manifests = {digest: told for digest, told in self.manifests.items() if digest not in other.manifests}
+        return Needs(blobs, manifests)
+
     def add_base(self, digest: str) -> None:
         """Need the list of a base's tensors."""
         self.blobs.setdefault(digest, None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
-from loramgr.catalog.tables import EntryRow, Log, Version
+from loramgr.catalog.tables import EntryRow, Log, Tag, Version
 
 __all__ = [
+    "DELETE_TAG",
     "ENTRY_OF_DIGEST",
     "HOLDER_OF_NAME",
     "INSERT_ENTRY",
     "INSERT_LOG",
+    "INSERT_TAG",
     "INSERT_VERSION",
     "KIND_OF_LOG",
     "LOG_OF_HEAD",
@@ -28,6 +30,8 @@ _NAMED = (Log.kind == bindparam("log_kind"), Log.name == bindparam("log_name"))
 INSERT_LOG = insert(Log)
 INSERT_ENTRY = insert(EntryRow)
 INSERT_VERSION = insert(Version)
+INSERT_TAG = insert(Tag)
+DELETE_TAG = delete(Tag).where(Tag.root == bindparam("log"), Tag.tag == bindparam("log_tag"))
 MOVE_HEAD = update(Log).where(_OF_LOG).values(head=bindparam("digest"))
 NAME_LOG = update(Log).where(_OF_LOG).values(name=bindparam("log_name"))
 TAKE_NUMBER = update(Log).where(_OF_LOG).values(next_number=bindparam("following"), removed=False)

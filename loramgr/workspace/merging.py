@@ -28,6 +28,7 @@ from loramgr.workspace.inspecting import open_adapter
 from loramgr.workspace.matching import bind_to
 from loramgr.workspace.merged import MergedFolder, write_record
 from loramgr.workspace.options import MergeOptions
+from loramgr.workspace.outputs import remember
 from loramgr.workspace.planning import MergePlan, Target, plan_merge
 from loramgr.workspace.sources import OpenBase, find_base
 from loramgr.workspace.tokenizers import carried_tokenizer
@@ -64,6 +65,7 @@ def merge(home: Home, base_text: str, adapters: Sequence[Asked], output: Path, o
         chosen = next((pick.version.digest for pick in picks if pick.means(options.replacements_of)), None)
         kept = replace(options, dtype=plan.change.dtype, replacements_of=chosen)
         write_record(stage, MergedFolder.describe(report, base, written.tensors, written.files, kept))
+    remember(home, output, report.output_digest)
     return report
 
 

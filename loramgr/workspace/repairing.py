@@ -73,7 +73,9 @@ def _mend(home: Home, findings: Findings, sources: Sequence[Source]) -> list[str
         return filter(None, (_mend_file(home, each, sources) for each in damaged))
 
     done = [*mended(store.entries), *_mend_rows(home, findings)]
-    return [*done, *mended(store.blobs), *mended(store.manifests)]
+    done += [*mended(store.blobs), *mended(store.manifests)]
+    trashed = [each for each in findings.files if each.collection not in store.collections]
+    return [*done, *filter(None, (_mend_file(home, each, sources) for each in trashed))]
 
 
 def _mend_file(home: Home, finding: Finding, sources: Sequence[Source]) -> str | None:

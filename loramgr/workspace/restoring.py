@@ -1,4 +1,4 @@
-"""Use cases on merged folders: what one is, whether the merge is what it says, and the base taken out again."""
+"""Use cases on merged folders: whether the merge is what it says, and the base taken out again."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
-from loramgr.checkpoints.fingerprint import FingerprintCache, fingerprint
+from loramgr.checkpoints.fingerprint import fingerprint
 from loramgr.checkpoints.output import copy_files, merged_names
 from loramgr.checkpoints.source import MERGE_RECORD, Checkpoint, open_checkpoint
 from loramgr.checkpoints.staging import check_free, staged, sweep
-from loramgr.digests import TensorDigest, digest_file, parse_tensor_lines, tensors_digest
+from loramgr.digests import TensorDigest, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
-from loramgr.records import MergeCheck, MergedAdapter, MergeReport, StatusReport, UnmergeReport
+from loramgr.records import MergeCheck, MergedAdapter, UnmergeReport
 from loramgr.references import is_path
 from loramgr.workspace.computing import Merger, pick_device
 from loramgr.workspace.contributions import Pick
@@ -24,9 +23,10 @@ from loramgr.workspace.merged import MergedFolder, read_record
 from loramgr.workspace.merging import Producer, picked
 from loramgr.workspace.options import MergeOptions
 from loramgr.workspace.planning import Target, plan_merge
-from loramgr.workspace.sources import OpenBase, absolute, base_of_digest
+from loramgr.workspace.sources import OpenBase, base_of_digest
+from loramgr.workspace.standing import differing, file_digest
 
-__all__ = ["status", "unmerge", "verify_merge"]
+__all__ = ["unmerge", "verify_merge"]
 
 
 def unmerge(home: Home, folder: Path, output: Path | None) -> UnmergeReport:
@@ -51,19 +51,6 @@ def unmerge(home: Home, folder: Path, output: Path | None) -> UnmergeReport:
         if digest != record.report.base_digest:
             raise _not_the_base(base, record, found)
     return UnmergeReport(str(target.absolute()), digest, exact=True, source="base")
-
-
-def status(home: Home, folder: Path) -> StatusReport:
-    """Say what a model folder is, a base or a merge, and which tensors and files changed since it was made."""
-    found = fingerprint(open_checkpoint(folder), home.jobs, home.progress, FingerprintCache(home.cache))
-    record = read_record(folder) if folder.is_dir() else None
-    digest = tensors_digest(found.values())
-    if record is None:
-        return _status_of_base(home, folder, found, digest)
-    facts = {field.name: getattr(record.report, field.name) for field in fields(MergeReport)}
-    modified = [] if digest == record.report.output_digest else _modified_tensors(home, record, found)
-    modified += [file["path"] for file in record.files if _digest(folder / file["path"]) != file["after"]]
-    return StatusReport(**{**facts, "output": str(folder.absolute())}, modified=modified)
 
 
 def verify_merge(home: Home, folder: Path) -> MergeCheck:
@@ -119,7 +106,7 @@ def _restore_files(folder: Path, stage: Path, record: MergedFolder, base: OpenBa
 
 def _restore_file(name: str, digest: str, places: list[Path], stage: Path) -> None:
     for place in places:
-        if _digest(place / name) == digest:
+        if file_digest(place / name) == digest:
             copy_files(place, stage, [name])
             return
     raise IntegrityError(
@@ -133,59 +120,11 @@ def _files_below(folder: Path) -> Iterator[str]:
         yield from sorted((Path(root) / name).relative_to(folder).as_posix() for name in names)
 
 
-def _digest(path: Path) -> str | None:
-    return digest_file(path) if path.is_file() else None
-
-
 def _not_the_base(base: OpenBase, record: MergedFolder, found: dict[str, TensorDigest]) -> IntegrityError:
-    wrong = _differing(base.tensors, found) or ["its tensors"]
+    wrong = differing(base.tensors, found) or ["its tensors"]
     return IntegrityError(
         f"{base.source} is no longer the base {record.report.base_digest}: {', '.join(wrong[:3])} changed",
         f"loramgr base verify {base.name or base.source}",
-    )
-
-
-def _differing(expected: dict[str, TensorDigest], found: dict[str, TensorDigest]) -> list[str]:
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-
-
-def _modified_tensors(home: Home, record: MergedFolder, found: dict[str, TensorDigest]) -> list[str]:
-    """Name the tensors that are not as the merge left them, as far as the base's list of tensors is at hand."""
-    changed = {change.name: change.after for change in record.tensors}
-    modified = {name for name, after in changed.items() if name not in found or found[name].sha256 != after}
-    if home.store.blobs.contains(record.report.base_digest):
-        base = parse_tensor_lines(home.store.blobs.get(record.report.base_digest))
-        modified |= {name for name in base.keys() - changed.keys() if name not in found}
-        modified |= {name for name in found.keys() - changed.keys() if _sha256(base.get(name)) != found[name].sha256}
-    return sorted(modified)
-
-
-def _sha256(tensor: TensorDigest | None) -> str | None:
-    return None if tensor is None else tensor.sha256
-
-
-def _status_of_base(home: Home, folder: Path, found: dict[str, TensorDigest], digest: str) -> StatusReport:
-    with home.catalog.reading() as reader:
-        registered = [base for base in reader.bases() if base.source == str(absolute(folder))]
-    modified: list[str] = []
-    if registered and registered[0].digest != digest:
-        modified = _differing(parse_tensor_lines(home.store.blobs.get(registered[0].digest)), found)
-    return StatusReport(
-        output=str(folder.absolute()),
-        base_digest=digest,
-        adapters=[],
-        numerics="exact",
-        modules_merged=0,
-        tensors_changed=0,
-        tensors_added=[],
-        tensors_total=len(found),
-        bytes_read=0,
-        bytes_written=0,
-        device="cpu",
-        kernel="torch",
-        seconds=0.0,
-        output_digest=digest,
-        modified=modified,
     )
 
 

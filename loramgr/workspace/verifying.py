@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from loramgr.catalog.chains import follow
-from loramgr.catalog.needs import Needs, needs_of
+from loramgr.catalog.needs import Needs, mentioned, needs_of
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.reader import Reader
 from loramgr.digests import PREFIX, is_digest
@@ -20,6 +22,7 @@ from loramgr.records import BaseRecord, StoreVerification, VersionRecord
 from loramgr.store.blobs import BlobStore
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.home import Home
+from loramgr.workspace.outputs import changed_outputs
 
 __all__ = ["Finding", "Findings", "Scope", "examine", "verify"]
 
@@ -62,11 +65,12 @@ class Finding(NamedTuple):
 
 @dataclass
 class Findings:
-    """What a verification has found so far: files, and lines about the catalog and about what else there is."""
+    """What a verification has found so far: files, and lines about the catalog, merged folders and the rest."""
 
     checked: int = 0
     files: list[Finding] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -77,7 +81,7 @@ class Findings:
             said[finding.state].append(finding.message)
         return StoreVerification(
             self.checked,
-            [*said["corrupt"], *(f"catalog {row}" for row in self.rows)],
+            [*said["corrupt"], *(f"catalog {row}" for row in self.rows), *self.outputs],
             said["missing"],
             self.notes,
             [*said["unchecked"], *self.unchecked],
@@ -88,7 +92,8 @@ class Findings:
 def verify(home: Home, refs: Sequence[str], scope: Scope) -> StoreVerification:
     """Read blobs, manifests and log entries again, and compare the catalog with the logs.
 
-    With references only what these versions are made of.
+    What removed versions need counts too, in the trash of gc as well, as long as it is there; so do the merged folders
+    that were made from here. With references only what these versions are made of.
     """
     return examine(home, refs, scope).report()
 
@@ -99,15 +104,19 @@ def examine(home: Home, refs: Sequence[str], scope: Scope) -> Findings:
     if refs:
         with home.catalog.reading() as reader:
             needs = _needed_by([reader.version(ref) for ref in refs])
+        _check_files(home, needs, scope, findings)
     else:
         with home.catalog.reading() as reader:
-            needs = _check_logs(home, reader, findings)
-    _check_files(home, needs, scope, findings)
+            needs, removed = _check_logs(home, reader, findings)
+        _check_files(home, needs, scope, findings)
+        _check_removed(home, removed, scope, findings)
+        _check_outputs(home, scope, findings)
+    _name_versions(home, findings)
     return findings
 
 
-def _check_logs(home: Home, reader: Reader, findings: Findings) -> Needs:
-    """Read every log entry, compare the catalog with them, and return what they need."""
+def _check_logs(home: Home, reader: Reader, findings: Findings) -> tuple[Needs, Needs]:
+    """Read every log entry, compare the catalog with them, and return what they need and what removed versions did."""
     known = _asked(home, lambda: [str(digest) for digest in reader.entry_digests()], findings)
     entries = _read_entries(home, known or [], findings)
     if known is None:
@@ -121,12 +130,13 @@ def _check_logs(home: Home, reader: Reader, findings: Findings) -> Needs:
     if known is not None and len(counted) == len(known):
         findings.rows += _asked(home, lambda: reader.compare(counted), findings) or []
     try:
-        return needs_of(follow(counted).logs)
+        needs = needs_of(follow(counted).logs)
+        return needs, mentioned(counted).without(needs)
     except IntegrityError:  # the gap is reported already; then the catalog may know
-        needs = _asked(home, lambda: _needed_by(reader.versions(_ALL), reader.bases()), findings)
-    if needs is None:
+        told = _asked(home, lambda: _needed_by(reader.versions(_ALL), reader.bases()), findings)
+    if told is None:
         findings.unchecked.append("manifests and blobs: neither the logs nor the catalog tell which there should be")
-    return needs or Needs()
+    return told or Needs(), Needs()
 
 
 _ALL = VersionQuery(all_versions=True)
@@ -174,7 +184,35 @@ def _check_files(home: Home, needs: Needs, scope: Scope, findings: Findings) -> 
         (store.blobs, {digest: _blob_check(home, digest, needs, scope) for digest in needs.blobs}),
     ):
         _check_all(home, collection, {digest: check for digest, check in checks.items() if scope.has(digest)}, findings)
-    _name_versions(home, findings)
+
+
+def _check_removed(home: Home, removed: Needs, scope: Scope, findings: Findings) -> None:
+    """Check what a `restore` would take, where it still is: in the store, or in the trash."""
+    store = home.store
+    for collection, digests in ((store.manifests, removed.manifests), (store.blobs, removed.blobs)):
+        found: dict[Path, tuple[BlobStore, dict[str, Check]]] = {}
+        for digest in filter(scope.has, digests):
+            for place in (collection, *store.trash.holding(collection, digest)):
+                if place.contains(digest):
+                    _, checks = found.setdefault(place.folder, (place, {}))
+                    checks[digest] = partial(place.size if scope.quick else place.check, digest)
+        for place, checks in found.values():
+            _check_all(home, place, checks, findings)
+
+
+def _check_outputs(home: Home, scope: Scope, findings: Findings) -> None:
+    """Read the merged folders that were made from this home again; a quick look and a sample leave them out."""
+    if scope.quick or scope.sample is not None:
+        return
+    for folder, found in changed_outputs(home):
+        findings.checked += 1
+        if isinstance(found, UncheckedError):
+            findings.unchecked.append(found.message)
+        elif isinstance(found, LoramgrError):
+            findings.outputs.append(f"merged folder {folder}: {found.message}")
+        elif found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            findings.outputs.append(f"merged folder {folder}: changed since it was made: {', '.join(found[:3])}{more}")
 
 
 def _manifest_check(home: Home, digest: str, needs: Needs, scope: Scope) -> Check:

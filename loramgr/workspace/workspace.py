@@ -216,9 +216,9 @@ class Workspace:
 
     def status(self, folder: Path | str) -> StatusReport:
         """Say what a model folder is and what of it changed."""
-        from loramgr.workspace import restoring
+        from loramgr.workspace import standing
 
-        return restoring.status(self._opened, Path(folder))
+        return standing.status(self._opened, Path(folder))
 
     def verify_merge(self, folder: Path | str) -> MergeCheck:
         """Replay a recorded merge and compare every bit."""

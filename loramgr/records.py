@@ -22,6 +22,7 @@ __all__ = [
     "GcReport",
     "HistoryEntry",
     "InspectReport",
+    "LiveReport",
     "MergeCheck",
     "MergeReport",
     "MergedAdapter",
@@ -210,6 +211,21 @@ class MergeReport:
     output_digest: str
     dtype: str | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LiveReport:
+    """What a merge, switch or unmerge of a model in memory did.
+
+    `adapters` are merged now, none for the base; `tensors` is the number of those that changed, `kernels` which code
+    changed them ("triton", "torch"); `residual_bytes` of memory are kept for the way back to the base.
+    """
+
+    adapters: list[MergedAdapter]
+    tensors: int
+    kernels: list[str]
+    residual_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPE_BITS",
     "FLOAT_DTYPES",
+    "Data",
     "FileTensor",
     "SafetensorsHeader",
     "TensorSpec",
@@ -34,6 +35,7 @@ DTYPE_BITS = {
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+Data = bytes | bytearray | memoryview
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_HEADER = 100_000_000
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
@@ -65,7 +67,7 @@ class TensorView(Protocol):
     def spec(self) -> TensorSpec:
         """Name, dtype and shape, known without reading the data."""
 
-    def read_bytes(self) -> bytes | memoryview:
+    def read_bytes(self) -> Data:
         """Return the bytes, row-major and little-endian."""
 
     def load(self) -> torch.Tensor:
@@ -80,15 +82,17 @@ class FileTensor:
     path: Path
     start: int
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self) -> bytearray:
         """Return the tensor's bytes; IntegrityError when the file has become shorter."""
+        data = bytearray(self.spec.nbytes)
+        left = memoryview(data)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            data = file.read(self.spec.nbytes)
-            while len(data) < self.spec.nbytes and (more := file.read(self.spec.nbytes - len(data))):
-                data += more  # one read(2) returns at most 2 GiB
-        if len(data) != self.spec.nbytes:
-            raise IntegrityError(f"{self.path}: the file ends inside tensor {self.spec.name!r}")
+            while left:
+                count = file.readinto(left)  # one read(2) returns at most 2 GiB
+                if not count:
+                    raise IntegrityError(f"{self.path}: the file ends inside tensor {self.spec.name!r}")
+                left = left[count:]
         return data
 
     def load(self) -> torch.Tensor:

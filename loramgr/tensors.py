@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from loramgr.errors import IncompatibleError
-from loramgr.tensorfile import TensorSpec
+from loramgr.tensorfile import Data, TensorSpec
 
 __all__ = ["as_bytes", "dtype_name", "from_bytes", "torch_dtype"]
 
@@ -37,13 +37,17 @@ def dtype_name(dtype: torch.dtype) -> str:
         raise IncompatibleError(f"safetensors has no dtype for {dtype}") from None
 
 
-def from_bytes(data: bytes | bytearray, spec: TensorSpec) -> torch.Tensor:
-    """Return the tensor of the given dtype and shape that the bytes hold (row-major, little-endian)."""
+def from_bytes(data: Data, spec: TensorSpec) -> torch.Tensor:
+    """Return the tensor of the given dtype and shape that the bytes hold (row-major, little-endian).
+
+    The memory of a bytearray becomes the tensor's; other bytes are copied.
+    """
     dtype = torch_dtype(spec.dtype)
-    if not data:
+    if not len(data):
         return torch.empty(spec.shape, dtype=dtype)
-    # bytearray: torch warns about memory it could not write to
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(spec.shape)
+    # torch warns about memory that it could not write to
+    writable = data if isinstance(data, bytearray) else bytearray(data)
+    return torch.frombuffer(writable, dtype=dtype).reshape(spec.shape)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

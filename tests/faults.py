@@ -13,7 +13,19 @@ import pytest
 from forkserver import ForkServer
 
 SYSCALLS = (
-    *("write", "pwrite64", "sendfile", "fsync", "fdatasync", "ftruncate", "fchmod", "chmod", "mkdir", "rmdir"),
+    *(
+        "write",
+        "pwrite64",
+        "sendfile",
+        "copy_file_range",
+        "fsync",
+        "fdatasync",
+        "ftruncate",
+        "fchmod",
+        "chmod",
+        "mkdir",
+        "rmdir",
+    ),
     *("rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat"),
 )
 EFFECTS = ("error=EIO", "error=ENOSPC", "signal=KILL")

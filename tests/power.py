@@ -27,6 +27,7 @@ NOTHING = "nothing unsynced is there"
 
 _LINE = re.compile(r"(\d+) +(\w+)\((.*)\) += (-?\d+)", re.DOTALL)
 _ARGUMENT = re.compile(r'"(?:[^"\\]|\\.)*"|[^,<"]+(?:<[^>]*>)?')
+_NUMBER = re.compile(r"\d+")
 _UNFINISHED, _RESUMED = re.compile(r"(\d+) +(.*) <unfinished \.\.\.>$"), re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)$")
 
 
@@ -186,6 +187,8 @@ class _Reading:
             self._open(call, arguments)
         elif call in _NAMING:
             self._rename(call, _paths(arguments), arguments)
+        elif call in ("sendfile", "copy_file_range"):
+            self._copy(call, arguments, result)
         elif node := self._find(_described(arguments[0])):
             self._change(call, node, arguments, result)
 
@@ -217,6 +220,34 @@ class _Reading:
         self.journal.steps.append(Write(node, offset, _decoded(arguments[1])[:result]))
         if call == "write":
             self._offsets[key] = offset + result
+
+    def _copy(self, call: str, arguments: list[str], result: int) -> None:
+        """Note a copy in the kernel, whose offsets strace prints as they were and as they are after it."""
+        source, start, target, end = arguments[1], arguments[2], arguments[0], ""
+        if call == "copy_file_range":
+            source, start, target, end = arguments[:4]
+        node = self._find(_described(target))
+        if node is None:
+            return
+        key = (target.partition("<")[0], id(node))
+        offset = int(_NUMBER.findall(end)[0]) if end else self._offsets.get(key, 0)
+        begin = int(_NUMBER.findall(start)[0])
+        data = self._read(_described(source))[begin : begin + result]
+        self.journal.steps.append(Write(node, offset, bytes(data)))
+        if not end:
+            self._offsets[key] = offset + result
+
+    def _read(self, path: Path | None) -> bytearray:
+        """Return what a file holds by now."""
+        node = self._find(path)
+        if node is None:
+            assert path is not None
+            return bytearray(path.read_bytes())
+        content = _content(node)
+        for step in self.journal.steps:
+            if isinstance(step, Write) and step.node is node:
+                _write(content, step, len(step.data or b"") + 1)
+        return content
 
     def _rename(self, call: str, paths: list[Path], arguments: list[str]) -> None:
         if any(self._place(path) is None for path in paths):

@@ -40,7 +40,7 @@ def suffer(stage: Stage, command: str, expected: dict[str, Any], faults: list[Fa
         errors = stage.server.errors(pid)
         if not happened and code:
             problems.append(f"{fault}: did not happen, and exit {code}: {errors}")
-        if code not in (0, KILLED) and ("error" not in errors or "bug" in errors):
+        if code not in (0, KILLED) and ("error" not in errors or "this is a bug" in errors):
             problems.append(f"{fault}: exit {code} and these words: {errors}")
         imprint = (crash_world.imprint(stage.world), code == 0)
         if imprint not in judged:

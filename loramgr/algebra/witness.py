@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 from math import isqrt, nan
 
 import torch
@@ -29,7 +28,7 @@ class Witness:
     def __init__(self, weight: torch.Tensor, terms: Sequence[Term]) -> None:
         self._weight = weight
         self._terms = terms
-        self._norm_squared = lru_cache(maxsize=4096)(self._exact_norm_squared)
+        self._norms: dict[tuple[int, int], Fraction] = {}
 
     def round(self, row: int, column: int, dtype: torch.dtype) -> float:
         """Return the correctly rounded merged value of one entry; NaN where a row's norm is zero."""
@@ -72,6 +71,12 @@ class Witness:
     def _direction(self, term: DecomposedTerm, row: int, column: int) -> Fraction:
         start = self._weight if term.start is None else term.start
         return Fraction(start[row, column].item()) + Fraction(term.scaling) * _dot(term, row, column)
+
+    def _norm_squared(self, index: int, row: int) -> Fraction:
+        """Return what `_exact_norm_squared` does, computed once: the entries of a row share it."""
+        if (index, row) not in self._norms:
+            self._norms[index, row] = self._exact_norm_squared(index, row)
+        return self._norms[index, row]
 
     def _exact_norm_squared(self, index: int, row: int) -> Fraction:
         term = self._terms[index]

@@ -20,7 +20,7 @@ from loramgr.digests import CHUNK, TensorDigest
 from loramgr.errors import IntegrityError, UncheckedError
 from loramgr.tensorfile import FileTensor, TensorView
 
-__all__ = ["FingerprintCache", "fingerprint"]
+__all__ = ["FingerprintCache", "digest_tensor", "fingerprint"]
 
 RACY_NS = 2_000_000_000
 
@@ -159,7 +159,7 @@ def _read(views: list[TensorView], jobs: int, progress: bool) -> dict[str, Tenso
         disable=None if progress else True,  # None: a bar on terminals only
     )
     with bar, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        pending = [pool.submit(_digest, view) for view in views]
+        pending = [pool.submit(digest_tensor, view) for view in views]
         try:
             for future in as_completed(pending):
                 digest, size = future.result()
@@ -171,7 +171,7 @@ def _read(views: list[TensorView], jobs: int, progress: bool) -> dict[str, Tenso
     return found
 
 
-def _digest(view: TensorView) -> tuple[TensorDigest, int]:
+def digest_tensor(view: TensorView) -> tuple[TensorDigest, int]:
     """Return the tensor's digest and its size in bytes."""
     digest = hashlib.sha256()
     for chunk in _chunks(view):

@@ -1,31 +1,41 @@
-"""Writes model folders: safetensors shards streamed tensor by tensor, and the index that goes with them."""
+"""What a model folder is to hold: its shards, the index that goes with them, and the files that are copied."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loramgr.checkpoints.regions import Region
+from loramgr.checkpoints.residuals import FOLDER
 from loramgr.checkpoints.source import Checkpoint, WeightFile
-from loramgr.digests import CHUNK, TensorDigest
-from loramgr.tensorfile import TensorSpec, encode_header
+from loramgr.tensorfile import TensorSpec
 
-__all__ = ["OutputTensor", "Shard", "copy_files", "lay_out", "merged_names", "output_index", "write_shard"]
+__all__ = [
+    "OutputTensor",
+    "Shard",
+    "carry_over",
+    "copy_files",
+    "lay_out",
+    "link_files",
+    "merged_names",
+    "output_index",
+]
 
 INDEX = "model.safetensors.index.json"
-Data = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor to be written; `produce` reads or computes its bytes when its turn comes."""
+    """A tensor to be written; `produce` fills its region when its turn comes, holding about `memory` bytes for it."""
 
     spec: TensorSpec
-    produce: Callable[[], Data]
+    produce: Callable[[Region], object]
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +82,6 @@ def _index_name(base: Checkpoint) -> str:
     return name if name.endswith(".safetensors.index.json") else INDEX
 
 
-def write_shard(folder: Path, shard: Shard, progress: Callable[[int], object]) -> list[TensorDigest]:
-    """Write one shard and return the digests of its tensors; memory holds one tensor at a time.
-
-    `progress` is told the bytes of every tensor that was written. What `produce` raises is passed on; the file is
-    then incomplete, and the caller drops its folder.
-    """
-    digests = []
-    with (folder / shard.name).open("wb") as file:
-        file.write(encode_header([tensor.spec for tensor in shard.tensors], shard.metadata))
-        for tensor in shard.tensors:
-            data = tensor.produce()
-            file.write(data)
-            sha256 = hashlib.sha256(data).hexdigest()
-            digests.append(TensorDigest(tensor.spec.name, tensor.spec.dtype, tensor.spec.shape, sha256))
-            progress(len(data))
-    return digests
-
-
 def output_index(base: Checkpoint, shards: Sequence[Shard]) -> tuple[str, bytes] | None:
     """Return name and content of the index of the shards; None where the base has none."""
     if base.index is None:
@@ -108,7 +100,37 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> int:
     size = 0
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with (source / name).open("rb") as reading, (target / name).open("wb") as writing:
-            shutil.copyfileobj(reading, writing, CHUNK)
-            size += writing.tell()
+        shutil.copyfile(source / name, target / name)  # in the kernel, where it can
+        size += (target / name).stat().st_size
     return size
+
+
+def link_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Give files a second name in another folder, by their relative paths, or copy them where that cannot be."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, target / name, follow_symlinks=False)
+        except OSError:  # a file system without hard links, or with a limit of them
+            shutil.copy2(source / name, target / name, follow_symlinks=False)
+
+
+def carry_over(source: Path, target: Path, ours: Collection[str], *, link: bool) -> None:
+    """Bring everything of a folder into another one but what is named and what is of a residual.
+
+    Files get a second name with `link`, else they are copied; links stay links. Folders keep their permissions.
+    """
+    for root, folders, names in os.walk(source):
+        below = Path(root).relative_to(source)
+        if below == Path():
+            folders[:] = [name for name in folders if name != FOLDER]
+        (target / below).mkdir(exist_ok=True)
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        for name in (each.as_posix() for each in (below / name for name in (*names, *links))):
+            if name in ours:
+                continue
+            if link and not (source / name).is_symlink():
+                link_files(source, target, [name])
+            else:
+                shutil.copy2(source / name, target / name, follow_symlinks=False)
+        shutil.copystat(root, target / below)

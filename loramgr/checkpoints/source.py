@@ -33,7 +33,7 @@ CHOICES = ("model.safetensors", "pytorch_model.bin")
 _PICKLES = (".bin", ".pt", ".pth")
 _NOT_CARRIED = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.safetensors", "*.ckpt", "*.ot",
                 "*.safetensors.index.json", "*.bin.index.json", "optimizer*", MERGE_RECORD)  # fmt: skip
-_NOT_ENTERED = frozenset({".git", ".cache"})
+_NOT_ENTERED = frozenset({".git", ".cache", "loramgr-residual"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from loramgr.durable import make_folder
 from loramgr.errors import ConflictError, LoramgrError
 
-__all__ = ["check_free", "exchange", "is_vacant", "staged", "sweep"]
+__all__ = ["check_free", "exchange", "is_vacant", "settle", "staged", "sweep"]
 
 _LOCK, _FOLDER, _ASIDE = "loramgr-lock", "loramgr-partial", "loramgr-replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -40,19 +40,19 @@ def check_free(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(output: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged(output: Path, *, replace: bool = False, resume: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `output` to fill; at the end of the block it is synced and takes that place.
 
     With `replace` it takes the place of the folder that is there in one step; else anything there but an empty folder
     is a ConflictError, as is another process that builds the same output. When the block fails, nothing stays; what a
-    killed process left is swept by the next one.
+    killed process left is swept by the next one, or with `resume` given to it to go on.
     """
     output = output.absolute()
     make_folder(output.parent)
-    with _claimed(output) as folder:
+    with _claimed(output, keep=resume) as folder:
         if not replace and not is_vacant(output):
             raise ConflictError(f"{output}: there is something already", "choose another folder, or remove it")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         yield folder
         _sync_tree(folder)
         _appear(folder, output, replace=replace)
@@ -69,22 +69,35 @@ def sweep(output: Path) -> None:
             pass
 
 
+def settle(output: Path) -> None:
+    """Put back what a killed process moved out of the place of `output`, where it could not exchange folders at once.
+
+    Raises ConflictError when a process is working there.
+    """
+    output = output.absolute()
+    if _beside(output, _ASIDE).exists():
+        sweep(output)
+
+
 def _beside(output: Path, mark: str) -> Path:
     return output.parent / f".{output.name}.{mark}"
 
 
 @contextmanager
-def _claimed(output: Path) -> Iterator[Path]:
-    """Give the place of the staging folder, with nothing there, to one process; a dead one's lock is gone with it.
+def _claimed(output: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Give the place of the staging folder to one process; a dead one's lock is gone with it, and its folder too.
+
+    With `keep` the folder stays, unless an exchange of folders was cut off: then it may be the old one.
 
     The lock lies beside the folder, so that it is held until the last of the folder has been taken away.
     """
     path, folder, aside = (_beside(output, mark) for mark in (_LOCK, _FOLDER, _ASIDE))
     lock = _lock(path, output)
     try:
+        keep = keep and not aside.exists()
         if aside.exists():
             shutil.rmtree(aside) if output.exists() else aside.rename(output)
-        if folder.exists():
+        if folder.exists() and not keep:
             shutil.rmtree(folder)
         yield folder
     finally:

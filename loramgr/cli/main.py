@@ -34,6 +34,9 @@ COMMANDS = {
     "prune": Listed("loramgr.cli.upkeep:prune", "Remove old versions by a rule."),
     "restore": Listed("loramgr.cli.upkeep:restore", "Bring back what remove or prune took."),
     "merge": Listed("loramgr.cli.merging:merge", "Merge adapters into a base: a model folder ready to deploy."),
+    "switch": Listed(
+        "loramgr.cli.merging:switch", "Merge other adapters into a merged folder, in the place of those in it."
+    ),
     "unmerge": Listed("loramgr.cli.merging:unmerge", "Give back the base of a merged folder, bit for bit."),
     "status": Listed("loramgr.cli.merging:status", "Tell what a model folder is and whether it changed."),
     "verify-merge": Listed("loramgr.cli.merging:verify_merge", "Replay a recorded merge and compare bit for bit."),

@@ -11,15 +11,25 @@ from loramgr.cli.lazy import Command
 from loramgr.cli.options import base_argument, device_option, folder_argument, force_option, jobs_option
 from loramgr.cli.session import Session
 
-__all__ = ["merge", "status", "unmerge", "verify_merge"]
+__all__ = ["merge", "status", "switch", "unmerge", "verify_merge"]
+
+
+numerics_option = click.option(
+    "--numerics",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    help="exact: correctly rounded, everywhere the same; fast: float32, rounded once.  [default: exact]",
+)
 
 
 @click.command(cls=Command)
 @base_argument
 @click.argument("adapters", nargs=-1, required=True, metavar="REF[=WEIGHT]...")
-@click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--in-place", is_flag=True, help="Change the base's own folder instead; it can be unmerged.")
+@click.option("--reversible", is_flag=True, help="Keep beside the weights what unmerges them without the base.")
 @click.option("--dtype", help="Dtype of the merged weights.  [default: the base's]")
-@click.option("--numerics", type=click.Choice(["exact"]), default="exact", help="How to compute.  [default: exact]")
+@numerics_option
 @click.option("--verify", is_flag=True, help="Read the output again and compare before it appears.")
 @click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same.")
 @click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together.")
@@ -28,7 +38,15 @@ __all__ = ["merge", "status", "unmerge", "verify_merge"]
 @jobs_option
 @click.pass_obj
 def merge(
-    session: Session, /, base: str, adapters: tuple[str, ...], output: Path, jobs: int | None, **options: Any
+    session: Session,
+    /,
+    base: str,
+    adapters: tuple[str, ...],
+    output: Path | None,
+    jobs: int | None,
+    *,
+    in_place: bool,
+    **options: Any,
 ) -> None:
     """Merge adapters into a base: a model folder ready to deploy.
 
@@ -36,23 +54,51 @@ def merge(
     """
     from loramgr.workspace import MergeOptions
 
-    session.sink.show(session.workspace(jobs).merge(base, adapters, output, MergeOptions(**options)))
+    if in_place is (output is not None):
+        raise click.UsageError("Give -o DIR for a new folder, or --in-place.")
+    workspace, chosen = session.workspace(jobs), MergeOptions(**options)
+    if output is None:
+        session.sink.show(workspace.merge_in_place(base, adapters, chosen))
+    else:
+        session.sink.show(workspace.merge(base, adapters, output, chosen))
+
+
+@click.command(cls=Command)
+@folder_argument
+@click.argument("adapters", nargs=-1, required=True, metavar="REF[=WEIGHT]...")
+@numerics_option
+@click.option("--verify", is_flag=True, help="Read the output again and compare before it appears.")
+@click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same.")
+@click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together.")
+@force_option
+@device_option
+@jobs_option
+@click.pass_obj
+def switch(session: Session, /, folder: Path, adapters: tuple[str, ...], jobs: int | None, **options: Any) -> None:
+    """Merge other adapters into a merged folder, in the place of those in it.
+
+    What was merged is taken out bit for bit and the new merge made in one pass; the folder changes in one step.
+    """
+    from loramgr.workspace import MergeOptions
+
+    session.sink.show(session.workspace(jobs).switch(folder, adapters, MergeOptions(**options)))
 
 
 @click.command(cls=Command)
 @folder_argument
 @click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--in-place", is_flag=True, help="Change the folder itself, as without -o.")
+@device_option
 @jobs_option
 @click.pass_obj
-def unmerge(session: Session, folder: Path, output: Path | None, in_place: bool, jobs: int | None) -> None:
+def unmerge(session: Session, folder: Path, output: Path | None, in_place: bool, device: str, jobs: int | None) -> None:
     """Give back the base of a merged folder, bit for bit.
 
     Proved by the base digest; where it cannot be, nothing changes and the exit code is 5.
     """
     if in_place and output is not None:
         raise click.UsageError("-o and --in-place exclude each other.")
-    session.sink.show(session.workspace(jobs).unmerge(folder, output))
+    session.sink.show(session.workspace(jobs).unmerge(folder, output, device=device))
 
 
 @click.command(cls=Command)

@@ -12,6 +12,7 @@ from loramgr.durable import make_folder, sync_folder
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
 from loramgr.store.aside import Aside
 from loramgr.store.blobs import FANOUT, BlobStore
+from loramgr.store.groups import Groups
 from loramgr.temporary import temporary_folder
 
 __all__ = ["LAYOUT", "Store"]
@@ -27,7 +28,8 @@ class Store:
     """A store that exists; opening it writes nothing, so it can be read from a read-only mount.
 
     `blobs` holds the files of versions, `manifests` what versions are, `entries` what happened to names; `trash` what
-    gc took out of them, `quarantine` what was damaged. `uuid` pairs the store with its catalog.
+    gc took out of them, `quarantine` what was damaged; `groups` are entries that count only together. `uuid` pairs the
+    store with its catalog.
     """
 
     def __init__(self, root: Path, uuid: str) -> None:
@@ -36,6 +38,7 @@ class Store:
         self.blobs, self.manifests, self.entries = (
             BlobStore(root / folder, kind, root / SCRATCH) for folder, kind in COLLECTIONS.items()
         )
+        self.groups = Groups(root / "groups", root / SCRATCH)
         self.trash, self.quarantine = Aside(root / "trash"), Aside(root / "quarantine")
 
     @property

@@ -266,7 +266,7 @@ def _publish(home: Home, new: NewFiles, group: _Group, options: AddOptions, resu
     inside = replace(home, store=group.staged)
     published: list[tuple[_Prepared, str, bool]] = []
     logs: dict[str, list[str]] = defaultdict(list)
-    with home.writing() as writer:
+    with ExitStack() as together, home.writing() as writer:
         for source, outcome in outcomes:
             before = len(writer.appended)
             try:
@@ -277,6 +277,7 @@ def _publish(home: Home, new: NewFiles, group: _Group, options: AddOptions, resu
             except LoramgrError as error:
                 result.failed[str(source.path)] = error
             logs[source.name] += writer.appended[before:]
+        together.enter_context(home.store.groups.announced(writer.appended))
         group.staged.settle_entries(list(logs.values()))
         records = writer.versions_called([ref for _, ref, _ in published])
     if len(published) < len(read):

@@ -63,8 +63,9 @@ def import_home(home: Home, archive: Path) -> ArchiveReport:
     with home.provisional() as new, batch(home.store) as staged:
         logs = _logs(archive, staged, read_archive(archive, staged))
         _check_complete(archive, staged, logs)
-        with home.writing() as writer:
+        with ExitStack() as group, home.writing() as writer:
             fresh = [[entry.digest for entry in log] for log in writer.join(logs)]
+            group.enter_context(home.store.groups.announced([digest for log in fresh for digest in log]))
             live = {*writer.live_publications()}
             size = _staged_bytes(staged)
             new.adopt(staged.settle_files())

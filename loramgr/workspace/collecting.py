@@ -30,9 +30,13 @@ _REPAIR = "loramgr verify --repair"
 
 @dataclass(frozen=True, slots=True)
 class _Garbage:
-    """What can go: log entries, each after those that follow it, manifests, blobs, and temporary files."""
+    """What can go: log entries, each after those that follow it, manifests, blobs, and temporary files.
+
+    `young` are the entries that do not count either, and stay for now.
+    """
 
     entries: list[Entry]
+    young: frozenset[str]
     manifests: list[str]
     blobs: list[str]
     temporary: list[Path]
@@ -69,6 +73,7 @@ def collect(home: Home, grace: timedelta, *, dry_run: bool) -> GcReport:
             for batch in batches:
                 store.trash.purge(batch)
             _trash(store, garbage, now)
+            store.groups.drop_settled(garbage.young)
     return report
 
 
@@ -82,9 +87,11 @@ def _survey(home: Home, reader: Reader, before: float) -> _Garbage:
     _check_presence(store, needs)
     left = _left_by_a_kill(store, entries, strays, before)
     gone = {entry.digest for entry in left}
-    young = mentioned(entry for entry in strays if entry.digest not in gone)
+    staying = [entry for entry in strays if entry.digest not in gone]
+    young = mentioned(staying)
     return _Garbage(
         left,
+        frozenset(entry.digest for entry in staying),
         _unneeded(store.manifests, needs.manifests.keys() | young.manifests.keys(), before),
         _unneeded(store.blobs, needs.blobs.keys() | young.blobs.keys(), before),
         [path for path in _temporary_files(home) if _is_left(path, before)],

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from loramgr.adapter import LowRank, Replacement, Rows, Shift
-from loramgr.errors import IncompatibleError
-from loramgr.tensorfile import TensorSpec
+from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
+from loramgr.tensorfile import Data, TensorSpec
 from loramgr.workspace.contributions import Contribution, whole_tensor
 
 if TYPE_CHECKING:
     import torch
 
+    from loramgr.algebra.plain import Change
     from loramgr.algebra.terms import Term
 
-__all__ = ["Merger", "pick_device"]
+__all__ = ["Computed", "Merger", "check_device", "pick_device", "return_memory", "single_threaded"]
 
 
 def pick_device(asked: str) -> tuple[str, str | None]:
@@ -41,21 +43,79 @@ def pick_device(asked: str) -> tuple[str, str | None]:
     return device, None
 
 
+def check_device(device: str, touched: Sequence[TensorSpec], jobs: int) -> None:
+    """Raise LoramgrError when the device has too little memory left for the largest tensors that are computed on it."""
+    if not device.startswith("cuda") or not touched:
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    largest = sorted((spec.nbytes for spec in touched), reverse=True)[:jobs]
+    needed = _COPIES_ON_DEVICE * sum(largest)
+    if needed > free:
+        raise LoramgrError(f"{device}: {needed:,} bytes are needed on the device and {free:,} are free", "--device cpu")
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let torch compute with one thread where it is called, for callers that have threads of their own."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def return_memory() -> None:
+    """Have the C library give unused memory back to the system, where it can be asked to (man 3 malloc_trim)."""
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+_COPIES_ON_DEVICE = 6  # the weight, what is made of it, and tiles in float64
+
+
+class Computed(NamedTuple):
+    """A merged tensor, on the CPU, and which kernel ran, "torch" or "triton".
+
+    `parts` are the packed residual, each part with its dtype and shape; empty where none is kept or there is none.
+    """
+
+    tensor: torch.Tensor
+    kernel: str
+    parts: dict[str, tuple[TensorSpec, Data]]
+
+
 @dataclass(frozen=True, slots=True)
 class Merger:
-    """Computes merged tensors on a device; `force` lets results through that are not finite."""
+    """Computes merged tensors on a device; `force` lets results through that are not finite.
+
+    `numerics` fast computes sums of low-rank deltas in float32, everything else exactly.
+    """
 
     device: str
     force: bool
+    numerics: str = "exact"
 
     def merge(
-        self, target: TensorSpec, weight: torch.Tensor | None, contributions: Sequence[Contribution]
-    ) -> torch.Tensor:
-        """Return the merged tensor of the target's dtype and shape, on the CPU.
+        self,
+        target: TensorSpec,
+        weight: torch.Tensor | None,
+        contributions: Sequence[Contribution],
+        *,
+        residual: bool = False,
+    ) -> Computed:
+        """Return the merged tensor of the target's dtype and shape, with its residual where one is wanted.
 
         `weight` is the base's tensor, None for a tensor that the base lacks or has in another shape; then the
-        contribution that brings the whole tensor takes its place, whatever its weight. Raises IncompatibleError,
-        naming the tensor, when the result is not finite.
+        contribution that brings the whole tensor takes its place, whatever its weight. Only sums of low-rank deltas
+        have a residual. Raises IncompatibleError, naming the tensor, when the result is not finite.
         """
         from loramgr.algebra.casting import rounded
         from loramgr.algebra.exact import merge_exact
@@ -63,14 +123,60 @@ class Merger:
 
         dtype = torch_dtype(target.dtype)
         start, terms, by_column = _terms(weight, contributions)
-        if terms:
+        change = self._change(terms) if start is weight and start.dtype == dtype else None
+        if change is not None and (residual or self.numerics == "fast"):
+            computed = self._merge_in_place(start, change, residual=residual)
+        elif terms:
             matrix = _matrix(start).to(self.device)
             merged = merge_exact(matrix, terms, dtype=dtype, by_column=by_column).cpu().reshape(start.shape)
+            computed = Computed(merged.contiguous(), "torch", {})
         else:
-            merged = rounded(start, dtype)
+            computed = Computed(rounded(start, dtype).contiguous(), "torch", {})
         if not self.force:
-            _refuse_non_finite(target.name, merged, contributions)
-        return merged.contiguous()
+            _refuse_non_finite(target.name, computed.tensor, contributions)
+        return computed
+
+    def unmerge(
+        self, merged: torch.Tensor, contributions: Sequence[Contribution], parts: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the tensor that was merged, on the CPU, from its packed residual; its digest has to prove it.
+
+        Raises IntegrityError for a residual that is damaged or belongs to another tensor.
+        """
+        from loramgr.algebra.engine import unmerge_
+        from loramgr.algebra.packing import unpack
+
+        _, terms, _ = _terms(merged, contributions)
+        change = self._change(terms)
+        if change is None:
+            raise IntegrityError("the residual belongs to another merge", "loramgr unmerge, with the base at hand")
+        weight = _matrix(merged).to(self.device)
+        unmerge_(weight, change, unpack(parts), unproven=True)
+        return weight.cpu().reshape(merged.shape)
+
+    def _change(self, terms: Sequence[Term]) -> Change | None:
+        """Return the sum that a residual can undo; None where it is not one of low-rank deltas alone."""
+        from loramgr.algebra.factors import stacked
+        from loramgr.algebra.plain import ExactTerms
+        from loramgr.algebra.terms import LowRankTerm
+
+        low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
+        if not terms or len(low_rank) != len(terms):
+            return None
+        on_device = [replace(t, left=t.left.to(self.device), right=t.right.to(self.device)) for t in low_rank]
+        return stacked(on_device) if self.numerics == "fast" else ExactTerms(tuple(on_device))
+
+    def _merge_in_place(self, start: torch.Tensor, change: Change, *, residual: bool) -> Computed:
+        from loramgr.algebra.engine import merge_, portable
+        from loramgr.algebra.packing import pack
+        from loramgr.tensors import as_bytes
+
+        matrix = _matrix(start).to(self.device)
+        matrix = matrix.clone() if matrix.data_ptr() == start.data_ptr() else matrix
+        done = merge_(matrix, change, residual=residual)
+        packed = {} if done.residual is None else pack(portable(done.residual))
+        parts = {name: (TensorSpec(name, "U8", tuple(part.shape)), as_bytes(part)) for name, part in packed.items()}
+        return Computed(matrix.cpu().reshape(start.shape), done.kernel, dict(parts))
 
 
 def _terms(weight: torch.Tensor | None, contributions: Sequence[Contribution]) -> tuple[torch.Tensor, list[Term], bool]:

@@ -13,7 +13,7 @@ from loramgr.store.locks import locked
 from loramgr.store.store import Store
 from loramgr.workspace.home import Home, catalog_path
 
-__all__ = ["current_schema", "entries_of", "rebuild_catalog", "upgrade_schema"]
+__all__ = ["counting_entries", "current_schema", "entries_of", "rebuild_catalog", "upgrade_schema"]
 
 
 def current_schema(home: Path) -> SchemaReport:
@@ -34,7 +34,13 @@ def rebuild_catalog(home: Path) -> RebuildReport:
     """Make the catalog anew from the log entries of the store; the old one stays when an entry is damaged."""
     store = Store.open(home / "store")
     with locked(store.root):
-        return rebuild(catalog_path(home), store.uuid, entries_of(store))
+        return rebuild(catalog_path(home), store.uuid, counting_entries(store))
+
+
+def counting_entries(store: Store) -> Iterator[Entry]:
+    """Yield the log entries that a new catalog counts: all but those of a group that did not arrive as a whole."""
+    left_out = store.groups.incomplete(store.entries)
+    return (entry for entry in entries_of(store) if entry.digest not in left_out)
 
 
 def entries_of(store: Store) -> Iterator[Entry]:

@@ -56,6 +56,8 @@ class MergedFolder:
             "force": options.force,
             "replacements_of": options.replacements_of,
             "keep_tied": options.keep_tied,
+            "numerics": options.numerics,
+            "reversible": options.reversible,
         }
         return cls(report, origin, kept, changes, list(files))
 

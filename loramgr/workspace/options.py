@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["AddOptions", "MergeOptions", "Retention"]
+__all__ = ["NUMERICS", "AddOptions", "MergeOptions", "Retention"]
+
+NUMERICS = ("exact", "fast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class MergeOptions:
     """How to merge.
 
     `dtype` None: every tensor keeps its own, else all floating-point tensors are stored in it (`bfloat16` or `BF16`);
-    `device` is auto, cpu, cuda, cuda:N or mps; `numerics` is exact; `verify` reads the output again before it appears;
+    `device` is auto, cpu, cuda, cuda:N or mps; `numerics` is exact or fast; `verify` reads the output again before it
+    appears; `reversible` keeps, beside the weights, what gives the base back without the base's files;
     `force` accepts another base than the recorded one and results that are not finite; `replacements_of` is the
     adapter, as given to the merge, whose replaced tensors count where several replace one tensor; `keep_tied` changes
     tied names together, as PEFT's merge does.
@@ -46,6 +49,7 @@ class MergeOptions:
     force: bool = False
     replacements_of: str | None = None
     keep_tied: bool = False
+    reversible: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loramgr.errors import LoramgrError, UncheckedError
+from loramgr.store.store import SCRATCH
 from loramgr.workspace.home import Home
 from loramgr.workspace.merged import read_record
 from loramgr.workspace.standing import modified
@@ -30,7 +31,7 @@ def remember(home: Home, output: Path, digest: str) -> None:
     name = hashlib.sha256(os.fsencode(path)).hexdigest()
     with suppress(OSError):
         folder.mkdir(exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".")
+        descriptor, temporary = tempfile.mkstemp(dir=home.store.root / SCRATCH)
         with os.fdopen(descriptor, "w") as file:
             json.dump({"path": str(path), "output_digest": digest}, file)
         Path(temporary).replace(folder / f"{name}.json")

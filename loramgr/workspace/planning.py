@@ -12,7 +12,7 @@ from loramgr.workspace.contributions import Contribution, Pick, collect, part_ti
 from loramgr.workspace.options import MergeOptions
 from loramgr.workspace.sources import OpenBase
 
-__all__ = ["MergePlan", "Target", "parse_dtype", "plan_merge"]
+__all__ = ["MergePlan", "Target", "copies", "parse_dtype", "plan_merge"]
 
 _SPELLINGS = {
     "F64": ("f64", "fp64", "float64", "double"),
@@ -93,7 +93,7 @@ def plan_merge(base: OpenBase, picks: Sequence[Pick], options: MergeOptions) -> 
     contributions = collect(base, picks, options.replacements_of, keep_tied=options.keep_tied)
     parted = part_ties(base, contributions, picks, keep_tied=options.keep_tied)
     dtype = parse_dtype(options.dtype)
-    targets = _copies(base, parted, dtype)
+    targets = copies(base, parted, dtype)
     for name, items in contributions.items():
         targets[name] = _target(base, name, items, parted, dtype)
     change = ConfigChange(
@@ -122,7 +122,7 @@ def _check_choice(picks: Sequence[Pick], chosen: str | None) -> None:
         raise UsageError(f"--replacements-of {chosen!r} is none of the adapters", f"--replacements-of {picks[0].ref}")
 
 
-def _copies(base: OpenBase, parted: dict[str, str], dtype: str | None) -> dict[str, Target]:
+def copies(base: OpenBase, parted: dict[str, str], dtype: str | None) -> dict[str, Target]:
     """Return every tensor of the base, and every name that parts from it, as they are."""
     sources = {**{name: name for name in base.checkpoint.tensors}, **parted}
     return {name: Target(_stored(base, name, source, dtype), source) for name, source in sources.items()}

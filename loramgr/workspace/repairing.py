@@ -18,7 +18,7 @@ from loramgr.records import StoreVerification
 from loramgr.store.blobs import BlobStore
 from loramgr.store.locks import locked
 from loramgr.workspace.adapters import manifest
-from loramgr.workspace.health import entries_of, rebuild_catalog
+from loramgr.workspace.health import counting_entries, rebuild_catalog
 from loramgr.workspace.home import Home
 from loramgr.workspace.sources import open_source
 from loramgr.workspace.verifying import Finding, Findings, Scope, examine
@@ -118,7 +118,7 @@ def _mend_rows(home: Home, findings: Findings) -> list[str]:
     An entry that is there but for its digest is a damaged row, any other that is not there a lost entry.
     """
     with suppress(IntegrityError):
-        entries = {entry.digest: entry for entry in entries_of(home.store)}
+        entries = {entry.digest: entry for entry in counting_entries(home.store)}
         absent = [facts for digest, facts in _recorded(home) if digest not in entries]
         told = {(each.predecessor, each.kind, each.name, each.time, each.author) for each in entries.values()}
         if (findings.rows or absent) and told.issuperset(absent):

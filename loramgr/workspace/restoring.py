@@ -3,46 +3,99 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, TypeVar
 
+from loramgr.checkpoints.config import ConfigChange
 from loramgr.checkpoints.fingerprint import fingerprint
-from loramgr.checkpoints.output import copy_files, merged_names
+from loramgr.checkpoints.output import carry_over, copy_files, merged_names
 from loramgr.checkpoints.source import MERGE_RECORD, Checkpoint, open_checkpoint
 from loramgr.checkpoints.staging import check_free, staged, sweep
 from loramgr.digests import TensorDigest, tensors_digest
-from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
-from loramgr.records import MergeCheck, MergedAdapter, UnmergeReport
-from loramgr.references import is_path
+from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
+from loramgr.records import MergeCheck, UnmergeReport
 from loramgr.workspace.computing import Merger, pick_device
-from loramgr.workspace.contributions import Pick
 from loramgr.workspace.home import Home
 from loramgr.workspace.merged import MergedFolder, read_record
-from loramgr.workspace.merging import Producer, picked
-from loramgr.workspace.options import MergeOptions
-from loramgr.workspace.planning import Target, plan_merge
+from loramgr.workspace.merging import Destination, picked
+from loramgr.workspace.options import NUMERICS, MergeOptions
+from loramgr.workspace.planning import MergePlan, Target, copies, plan_merge
+from loramgr.workspace.producing import Producer
+from loramgr.workspace.recovering import has_residual, recovered_base
+from loramgr.workspace.replaying import check_picks, replayed
 from loramgr.workspace.sources import OpenBase, base_of_digest
 from loramgr.workspace.standing import differing, file_digest
+from loramgr.workspace.writing import Stage, write_model
 
-__all__ = ["unmerge", "verify_merge"]
+__all__ = ["base_of_record", "merged_folder", "unmerge", "verify_merge", "with_base"]
+
+Done = TypeVar("Done")
 
 
-def unmerge(home: Home, folder: Path, output: Path | None) -> UnmergeReport:
+def unmerge(home: Home, folder: Path, output: Path | None, device: str = "auto") -> UnmergeReport:
     """Take a merge out of a folder, into another one or (None) in its own place, and prove it by the base digest.
 
-    Files that the merge did not make stay as they are. Raises IncompatibleError for a folder that is no merge,
-    NotFoundError when the base is not at hand, IntegrityError when what is found is not the base; then nothing has
-    changed.
+    From the folder's residual where it has one and the adapters are at hand, else from the base's files. Files that
+    the merge did not make stay as they are. Raises IncompatibleError for a folder that is no merge, NotFoundError when
+    neither way is open, IntegrityError when what is found is not the base; then nothing has changed.
     """
-    sweep(folder)  # a killed run may have left what it moved out of the place, and then the folder is no merge any more
-    record = _merged(folder)
-    base = _base_of(home, record)
-    checkpoint = base.checkpoint
+    sweep(folder.resolve())  # a killed run may have moved the folder out of its place, or left the old one
+    record = merged_folder(folder)
     target = folder.resolve() if output is None else output  # a link to the folder stays a link to it
-    with staged(target, replace=output is None) as stage:
-        check_free(target, sum(view.spec.nbytes for view in checkpoint.tensors.values()))
+    where = Destination(target, replaces=target if output is None else None)
+    digest, source = with_base(
+        home, folder, record, device,
+        recovered=lambda base: _from_residual(home, folder, where, base),
+        registered=lambda base: _from_base(home, folder, where, base, record),
+    )  # fmt: skip
+    return UnmergeReport(str(target.absolute()), digest, exact=True, source=source)
+
+
+def with_base(
+    home: Home, folder: Path, record: MergedFolder, device: str,
+    *, recovered: Callable[[OpenBase], Done], registered: Callable[[OpenBase], Done],
+) -> tuple[Done, Literal["residual", "base"]]:  # fmt: skip
+    """Do something with the base of a merged folder: out of the folder's residual, or if that fails with its files.
+
+    Returns what was done and where the base came from. Raises what the second way raises, with what stopped the first.
+    """
+    stopped = ""
+    if has_residual(folder):
+        try:
+            with recovered_base(home, folder, record, pick_device(device)[0]) as base:
+                return recovered(base), "residual"
+        except (NotFoundError, IntegrityError) as error:
+            stopped = f"; the residual does not help: {error.message}"
+    try:
+        return registered(base_of_record(home, record)), "base"
+    except (NotFoundError, IntegrityError) as error:
+        raise type(error)(f"{error.message}{stopped}", error.hint) from error
+
+
+def _from_residual(home: Home, folder: Path, where: Destination, base: OpenBase) -> str:
+    plan = MergePlan(base, (), copies(base, {}, None), ConfigChange(), ())
+    with staged(where.output, replace=where.replaces is not None) as stage:
+        check_free(where.output, sum(target.spec.nbytes for target in plan.targets.values()))
+        producer = Producer(plan, Merger("cpu", force=True))
+        written = write_model(home, plan, producer, {}, Stage(stage, where.replaces), "unmerge")
+        originals = {name: path for name, path in base.moved.items() if path is not None}
+        for name, path in originals.items():
+            (stage / name).unlink(missing_ok=True)
+            copy_files(path.parents[name.count("/")], stage, [name])
+        if where.replaces is None:
+            ours = {MERGE_RECORD, *merged_names(base.checkpoint), *base.moved, *base.checkpoint.other_files}
+            carry_over(folder, stage, ours, link=False)
+        digest = tensors_digest(written.tensors.values())
+        if digest != base.digest:
+            raise IntegrityError(f"{folder}: what comes out is {digest}, not the base {base.digest}")
+    return digest
+
+
+def _from_base(home: Home, folder: Path, where: Destination, base: OpenBase, record: MergedFolder) -> str:
+    checkpoint = base.checkpoint
+    with staged(where.output, replace=where.replaces is not None) as stage:
+        check_free(where.output, sum(view.spec.nbytes for view in checkpoint.tensors.values()))
         index = [checkpoint.index_name] if checkpoint.index_name else []
         copy_files(checkpoint.root, stage, [*(file.name for file in checkpoint.files), *index])
         _restore_files(folder, stage, record, base)
@@ -50,7 +103,7 @@ def unmerge(home: Home, folder: Path, output: Path | None) -> UnmergeReport:
         digest = tensors_digest(found.values())
         if digest != record.report.base_digest:
             raise _not_the_base(base, record, found)
-    return UnmergeReport(str(target.absolute()), digest, exact=True, source="base")
+    return digest
 
 
 def verify_merge(home: Home, folder: Path) -> MergeCheck:
@@ -59,30 +112,32 @@ def verify_merge(home: Home, folder: Path) -> MergeCheck:
     Raises IncompatibleError for a folder that is no merge, or one made with numerics that cannot be replayed, and
     NotFoundError when the base or an adapter is not at hand.
     """
-    record = _merged(folder)
-    base = _base_of(home, record)
+    record = merged_folder(folder)
+    base = base_of_record(home, record)
     found = fingerprint(open_checkpoint(folder), home.jobs, home.progress, None)
-    adapters = [(_replayed(home, adapter), adapter.weight) for adapter in record.report.adapters]
+    adapters = [(replayed(home, adapter), adapter.weight) for adapter in record.report.adapters]
     options = MergeOptions(**record.options)
     with picked(home, base, adapters) as (picks, _):
-        _check_picks(record, picks)
+        check_picks(record, picks)
         plan = plan_merge(base, picks, options)
-        producer = Producer(plan, Merger(pick_device("auto")[0], options.force))
+        producer = Producer(plan, Merger(pick_device("auto")[0], options.force, record.report.numerics))
         mismatched = {name for name, target in plan.targets.items() if found.get(name) != _replay(producer, target)}
     mismatched |= found.keys() - plan.targets.keys()
     return MergeCheck(not mismatched, len(plan.targets), sorted(mismatched))
 
 
-def _merged(folder: Path) -> MergedFolder:
+def merged_folder(folder: Path) -> MergedFolder:
+    """Return the record of a merged folder; IncompatibleError where it is none."""
     record = read_record(folder)
     if record is None:
         raise IncompatibleError(f"{folder}: not a merged model, there is no {MERGE_RECORD}", f"loramgr status {folder}")
-    if record.report.numerics != "exact":
+    if record.report.numerics not in NUMERICS:
         raise IncompatibleError(f"{folder}: merged with the unknown numerics {record.report.numerics!r}")
     return record
 
 
-def _base_of(home: Home, record: MergedFolder) -> OpenBase:
+def base_of_record(home: Home, record: MergedFolder) -> OpenBase:
+    """Open the base of a merge where it is registered, or where it was; errors as in `base_of_digest`."""
     source, revision = record.base["source"], record.base["revision"]
     recorded = f"{source}@{revision}" if source and revision else source
     return base_of_digest(home, record.report.base_digest, recorded)
@@ -100,8 +155,7 @@ def _restore_files(folder: Path, stage: Path, record: MergedFolder, base: OpenBa
     for name, before in made.items():
         if before is not None:
             _restore_file(name, before, [base.checkpoint.root, folder], stage)
-    ours = {MERGE_RECORD, *made, *merged_names(base.checkpoint)}
-    copy_files(folder, stage, [name for name in _files_below(folder) if name not in ours])
+    carry_over(folder, stage, {MERGE_RECORD, *made, *merged_names(base.checkpoint)}, link=False)
 
 
 def _restore_file(name: str, digest: str, places: list[Path], stage: Path) -> None:
@@ -115,36 +169,12 @@ def _restore_file(name: str, digest: str, places: list[Path], stage: Path) -> No
     )
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    for root, _, names in os.walk(folder):
-        yield from sorted((Path(root) / name).relative_to(folder).as_posix() for name in names)
-
-
 def _not_the_base(base: OpenBase, record: MergedFolder, found: dict[str, TensorDigest]) -> IntegrityError:
     wrong = differing(base.tensors, found) or ["its tensors"]
     return IntegrityError(
         f"{base.source} is no longer the base {record.report.base_digest}: {', '.join(wrong[:3])} changed",
         f"loramgr base verify {base.name or base.source}",
     )
-
-
-def _replayed(home: Home, adapter: MergedAdapter) -> str:
-    """Return how to find a merged adapter again: by its reference where that still means the same, else by digest."""
-    if is_path(adapter.ref):
-        return adapter.ref
-    with home.catalog.reading() as reader, suppress(LoramgrError):
-        if reader.version(adapter.ref).digest == adapter.digest:
-            return adapter.ref
-    return adapter.digest
-
-
-def _check_picks(record: MergedFolder, picks: list[Pick]) -> None:
-    for adapter, pick in zip(record.report.adapters, picks, strict=True):
-        if pick.version.digest != adapter.digest:
-            raise IntegrityError(
-                f"{adapter.ref} is now {pick.version.digest}, and {adapter.digest} was merged",
-                "add the adapter that was merged to the catalog",
-            )
 
 
 def _replay(producer: Producer, target: Target) -> TensorDigest:

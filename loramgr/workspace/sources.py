@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class OpenBase:
     """A base whose files are at hand.
 
     `name` is None when it is not registered; `source` is the path or hub address, `revision` the commit, None for
-    local files; `tensors` are the digests that its bytes must have.
+    local files; `tensors` are the digests that its bytes must have. `moved` says where files are that do not lie in
+    the checkpoint's folder, None for one that the base does not have although there is one.
     """
 
     name: str | None
@@ -36,6 +38,12 @@ class OpenBase:
     revision: str | None
     checkpoint: Checkpoint
     tensors: dict[str, TensorDigest]
+    moved: Mapping[str, Path | None] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path | None:
+        """Return where the base's file of that relative path is, None when it has none."""
+        path = self.moved.get(name, self.checkpoint.root / name)
+        return path if path is not None and path.is_file() else None
 
     @cached_property
     def ties(self) -> list[TieGroup]:

@@ -39,6 +39,9 @@ from loramgr.workspace.home import Home, default_home
 from loramgr.workspace.options import AddOptions, MergeOptions, Retention
 
 if TYPE_CHECKING:
+    import torch
+
+    from loramgr.workspace.live import LiveModel
     from loramgr.workspace.usage import By
 
 __all__ = ["Workspace"]
@@ -208,11 +211,51 @@ class Workspace:
 
         return merging.merge(self._opened, base, adapters, Path(output), options or MergeOptions())
 
-    def unmerge(self, folder: Path | str, output: Path | str | None = None) -> UnmergeReport:
+    def attach(
+        self,
+        model: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        base: str | None = None,
+        numerics: str = "fast",
+        prove: bool = True,
+        keep_tied: bool = False,
+    ) -> LiveModel:
+        """Take a module or a dictionary of tensors in hand, to merge adapters into it in place; see `loramgr.attach`.
+
+        `base` is the registered base, path or hub address that the model has to be, None for the one that adapters
+        record, as far as it is registered; `numerics` is fast or exact; `prove` takes the digest of every tensor before
+        its first change and compares it after the way back; `keep_tied` changes tied names together, as PEFT does.
+        """
+        from loramgr.workspace import live, live_base
+
+        known = None if base is None else live_base.asked_base(self._opened, base)
+        options = live.LiveOptions(known, numerics, prove=prove, keep_tied=keep_tied)
+        return live.LiveModel(self._opened, model, options)
+
+    def merge_in_place(
+        self, base: str, adapters: Sequence[str | tuple[str, float]], options: MergeOptions | None = None
+    ) -> MergeReport:
+        """Merge adapters into a base's own folder, which keeps what gives the base back."""
+        from loramgr.workspace import merging
+
+        return merging.merge_in_place(self._opened, base, adapters, options or MergeOptions())
+
+    def switch(
+        self,
+        folder: Path | str,
+        adapters: Sequence[str | tuple[str, float]],
+        options: MergeOptions | None = None,
+    ) -> MergeReport:
+        """Merge other adapters into a merged folder, in the place of those that are in it."""
+        from loramgr.workspace import switching
+
+        return switching.switch(self._opened, Path(folder), adapters, options or MergeOptions())
+
+    def unmerge(self, folder: Path | str, output: Path | str | None = None, *, device: str = "auto") -> UnmergeReport:
         """Take a merge out of a folder, in place when `output` is None, and prove it by the base digest."""
         from loramgr.workspace import restoring
 
-        return restoring.unmerge(self._opened, Path(folder), None if output is None else Path(output))
+        return restoring.unmerge(self._opened, Path(folder), None if output is None else Path(output), device)
 
     def status(self, folder: Path | str) -> StatusReport:
         """Say what a model folder is and what of it changed."""

@@ -1,0 +1,90 @@
+"""The place of one tensor in an output file: written or copied in the kernel, and hashed as it arrives."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from loramgr.digests import CHUNK, TensorDigest
+from loramgr.durable import begin_writing
+from loramgr.errors import IntegrityError
+from loramgr.tensorfile import Data, FileTensor, TensorSpec
+
+__all__ = ["Region"]
+
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+_STEP = 1 << 30  # bytes that one call of the kernel may copy
+
+
+@dataclass(slots=True)
+class Region:
+    """Where the bytes of one tensor go: an open file and the offset of its first byte there.
+
+    It is filled once, from one thread; several regions of a file may be filled at once.
+    """
+
+    spec: TensorSpec
+    file: int
+    start: int
+    _sha256: Any = field(default_factory=hashlib.sha256)
+    _filled: int = 0
+
+    def write(self, data: Data) -> None:
+        """Write all of the tensor's bytes."""
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._sha256.update(view)
+        at = self.start
+        while view:
+            count = os.pwrite(self.file, view[:_STEP], at)
+            view, at = view[count:], at + count
+        self._done(at)
+
+    def copy(self, source: FileTensor) -> None:
+        """Copy a tensor as it lies in its file, and hash what arrived.
+
+        Raises IntegrityError when the file has become shorter.
+        """
+        with source.path.open("rb", buffering=0) as file:
+            at = self._copy(file.fileno(), source)
+        self._done(at)
+        buffer = memoryview(bytearray(min(CHUNK, source.spec.nbytes)))
+        at, end = self.start, self.start + source.spec.nbytes
+        while at < end:
+            count = os.preadv(self.file, [buffer[: end - at]], at)
+            self._sha256.update(buffer[:count])
+            at += count
+
+    @property
+    def digest(self) -> TensorDigest:
+        """The digest of the tensor that was written; IntegrityError when it has not all of its bytes."""
+        if self._filled != self.spec.nbytes:
+            raise IntegrityError(f"{self.spec.name}: {self._filled} bytes were written, not {self.spec.nbytes}")
+        return TensorDigest(self.spec.name, self.spec.dtype, self.spec.shape, self._sha256.hexdigest())
+
+    def _copy(self, descriptor: int, source: FileTensor) -> int:
+        """Copy and return where the copy ends."""
+        offset, at, left = source.start, self.start, source.spec.nbytes
+        while left:
+            count = _copy_range(descriptor, self.file, min(left, _STEP), offset, at)
+            if not count:
+                raise IntegrityError(f"{source.path}: the file ends inside tensor {source.spec.name!r}")
+            offset, at, left = offset + count, at + count, left - count
+        return at
+
+    def _done(self, end: int) -> None:
+        self._filled = end - self.start
+        begin_writing(self.file, self.start, self._filled)
+
+
+def _copy_range(source: int, target: int, count: int, offset: int, at: int) -> int:
+    """Copy bytes from file to file in the kernel, or through this process where it does not; return how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, offset, at)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    return os.pwrite(target, os.pread(source, min(count, CHUNK), offset), at)

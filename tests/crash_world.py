@@ -58,6 +58,7 @@ NEW_HOME = ("first use", "home import")
 STAGING = ("loramgr-partial", "loramgr-lock", "loramgr-replaced")
 TEMPORARY = (".store-", ".catalog-", "/scratch/")
 _RECORD = "loramgr-merge.json"
+_OF_THE_RUN = {"seconds": 0, "output": "", "bytes_read": 0}  # a run that goes on with another's work reads less
 _OF_NO_MATTER = re.compile(r"/cache/|/store/lock$")
 
 
@@ -242,7 +243,7 @@ def _digest(path: Path) -> str:
     data = path.read_bytes()
     if path.name == _RECORD:
         with contextlib.suppress(ValueError):  # one that a kill cut short
-            data = json.dumps({**json.loads(data), "seconds": 0, "output": ""}).encode()
+            data = json.dumps({**json.loads(data), **_OF_THE_RUN}).encode()
     return hashlib.sha256(data).hexdigest()
 
 

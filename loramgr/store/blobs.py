@@ -130,7 +130,8 @@ class BlobStore:
         """Take a file out again that nothing refers to; it may be gone already."""
         path = self._location(digest)
         path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if path.parent.is_dir():  # its folder may be what could not be made
+            sync_folder(path.parent)
 
     def move(self, digests: Iterable[str], target: BlobStore) -> None:
         """Move files, in this order, to another collection of the same file system; durable when it returns.

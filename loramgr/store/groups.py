@@ -27,8 +27,11 @@ class Groups:
         self._scratch = scratch
 
     @contextmanager
-    def announced(self, digests: Sequence[str]) -> Iterator[None]:
-        """Announce entries for the block, which stores them and has the catalog take them; a single one needs none."""
+    def announced(self, digests: Sequence[str], entries: BlobStore) -> Iterator[None]:
+        """Announce entries for the block, which stores them and has the catalog take them; a single one needs none.
+
+        When the block fails and cannot take all of them back, the announcement stays.
+        """
         if len(digests) < 2:
             yield
             return
@@ -44,8 +47,11 @@ class Groups:
         sync_folder(self._folder)
         try:
             yield
-        finally:
-            path.unlink(missing_ok=True)
+        except BaseException:
+            if not any(map(entries.contains, digests)):
+                path.unlink(missing_ok=True)
+            raise
+        path.unlink(missing_ok=True)
 
     def incomplete(self, entries: BlobStore) -> set[str]:
         """Return the digests in groups of which the collection lacks an entry."""

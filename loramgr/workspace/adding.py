@@ -277,7 +277,7 @@ def _publish(home: Home, new: NewFiles, group: _Group, options: AddOptions, resu
             except LoramgrError as error:
                 result.failed[str(source.path)] = error
             logs[source.name] += writer.appended[before:]
-        together.enter_context(home.store.groups.announced(writer.appended))
+        together.enter_context(home.store.groups.announced(writer.appended, home.store.entries))
         group.staged.settle_entries(list(logs.values()))
         records = writer.versions_called([ref for _, ref, _ in published])
     if len(published) < len(read):

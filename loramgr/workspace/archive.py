@@ -65,7 +65,8 @@ def import_home(home: Home, archive: Path) -> ArchiveReport:
         _check_complete(archive, staged, logs)
         with ExitStack() as group, home.writing() as writer:
             fresh = [[entry.digest for entry in log] for log in writer.join(logs)]
-            group.enter_context(home.store.groups.announced([digest for log in fresh for digest in log]))
+            arriving = [digest for log in fresh for digest in log]
+            group.enter_context(home.store.groups.announced(arriving, home.store.entries))
             live = {*writer.live_publications()}
             size = _staged_bytes(staged)
             new.adopt(staged.settle_files())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
+from zlib import crc32
 
 from loramgr.adapter import LowRank, Replacement, Rows, Shift
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
@@ -96,7 +97,8 @@ class Computed(NamedTuple):
 class Merger:
     """Computes merged tensors on a device; `force` lets results through that are not finite.
 
-    `numerics` fast computes sums of low-rank deltas in float32, everything else exactly.
+    On "cuda" the tensors are spread over all GPUs that there are. `numerics` fast computes sums of low-rank deltas in
+    float32, everything else exactly. Several threads may use it at once.
     """
 
     device: str
@@ -123,11 +125,12 @@ class Merger:
 
         dtype = torch_dtype(target.dtype)
         start, terms, by_column = _terms(weight, contributions)
-        change = self._change(terms) if start is weight and start.dtype == dtype else None
+        device = self._device_for(target.name)
+        change = self._change(terms, device) if start is weight and start.dtype == dtype else None
         if change is not None and (residual or self.numerics == "fast"):
-            computed = self._merge_in_place(start, change, residual=residual)
+            computed = _merge_in_place(_matrix(start).to(device), start, change, residual=residual)
         elif terms:
-            matrix = _matrix(start).to(self.device)
+            matrix = _matrix(start).to(device)
             merged = merge_exact(matrix, terms, dtype=dtype, by_column=by_column).cpu().reshape(start.shape)
             computed = Computed(merged.contiguous(), "torch", {})
         else:
@@ -137,9 +140,9 @@ class Merger:
         return computed
 
     def unmerge(
-        self, merged: torch.Tensor, contributions: Sequence[Contribution], parts: Mapping[str, torch.Tensor]
+        self, name: str, merged: torch.Tensor, contributions: Sequence[Contribution], parts: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Return the tensor that was merged, on the CPU, from its packed residual; its digest has to prove it.
+        """Return the tensor of that name as it was, on the CPU, from its packed residual; its digest has to prove it.
 
         Raises IntegrityError for a residual that is damaged or belongs to another tensor.
         """
@@ -147,14 +150,23 @@ class Merger:
         from loramgr.algebra.packing import unpack
 
         _, terms, _ = _terms(merged, contributions)
-        change = self._change(terms)
+        device = self._device_for(name)
+        change = self._change(terms, device)
         if change is None:
             raise IntegrityError("the residual belongs to another merge", "loramgr unmerge, with the base at hand")
-        weight = _matrix(merged).to(self.device)
+        weight = _matrix(merged).to(device)
         unmerge_(weight, change, unpack(parts), unproven=True)
         return weight.cpu().reshape(merged.shape)
 
-    def _change(self, terms: Sequence[Term]) -> Change | None:
+    def _device_for(self, name: str) -> str:
+        """Return where a tensor is computed: of several GPUs always the same one for the same name."""
+        import torch
+
+        if self.device != "cuda" or torch.cuda.device_count() < 2:
+            return self.device
+        return f"cuda:{crc32(name.encode()) % torch.cuda.device_count()}"
+
+    def _change(self, terms: Sequence[Term], device: str) -> Change | None:
         """Return the sum that a residual can undo; None where it is not one of low-rank deltas alone."""
         from loramgr.algebra.factors import stacked
         from loramgr.algebra.plain import ExactTerms
@@ -163,20 +175,21 @@ class Merger:
         low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
         if not terms or len(low_rank) != len(terms):
             return None
-        on_device = [replace(t, left=t.left.to(self.device), right=t.right.to(self.device)) for t in low_rank]
+        on_device = [replace(t, left=t.left.to(device), right=t.right.to(device)) for t in low_rank]
         return stacked(on_device) if self.numerics == "fast" else ExactTerms(tuple(on_device))
 
-    def _merge_in_place(self, start: torch.Tensor, change: Change, *, residual: bool) -> Computed:
-        from loramgr.algebra.engine import merge_, portable
-        from loramgr.algebra.packing import pack
-        from loramgr.tensors import as_bytes
 
-        matrix = _matrix(start).to(self.device)
-        matrix = matrix.clone() if matrix.data_ptr() == start.data_ptr() else matrix
-        done = merge_(matrix, change, residual=residual)
-        packed = {} if done.residual is None else pack(portable(done.residual))
-        parts = {name: (TensorSpec(name, "U8", tuple(part.shape)), as_bytes(part)) for name, part in packed.items()}
-        return Computed(matrix.cpu().reshape(start.shape), done.kernel, dict(parts))
+def _merge_in_place(matrix: torch.Tensor, start: torch.Tensor, change: Change, *, residual: bool) -> Computed:
+    """Merge the change into the matrix, a copy of `start` unless that is on the same device."""
+    from loramgr.algebra.engine import merge_, portable
+    from loramgr.algebra.packing import pack
+    from loramgr.tensors import as_bytes
+
+    matrix = matrix.clone() if matrix.data_ptr() == start.data_ptr() else matrix
+    done = merge_(matrix, change, residual=residual)
+    packed = {} if done.residual is None else pack(portable(done.residual))
+    parts = {name: (TensorSpec(name, "U8", tuple(part.shape)), as_bytes(part)) for name, part in packed.items()}
+    return Computed(matrix.cpu().reshape(start.shape), done.kernel, dict(parts))
 
 
 def _terms(weight: torch.Tensor | None, contributions: Sequence[Contribution]) -> tuple[torch.Tensor, list[Term], bool]:

@@ -128,7 +128,7 @@ class Producer:
         return data
 
     def _trim(self, size: int) -> None:
-        """Give the memory of earlier tensors back to the system now and then: malloc keeps it, in pieces that differ."""
+        """Give the memory of earlier tensors back to the system now and then: malloc keeps it, in pieces."""
         with self._lock:
             self._untrimmed += size
             due = self._untrimmed >= _TRIM

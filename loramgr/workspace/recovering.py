@@ -86,7 +86,7 @@ class _Recovered:
         assert plan is not None
         contributions = plan.targets[self.spec.name].contributions
         parts = {name: view.load() for name, view in self.parts.items()}
-        return self.views.merger.unmerge(self.merged.load(), contributions, parts).contiguous()
+        return self.views.merger.unmerge(self.spec.name, self.merged.load(), contributions, parts).contiguous()
 
 
 def _own_tensors(

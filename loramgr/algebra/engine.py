@@ -133,8 +133,11 @@ def settle(merges: Sequence[Merged]) -> None:
 
 
 def portable(residual: Kept) -> Residual:
-    """Return the residual in the form that is packed and that every device reads; it has to be settled."""
-    return residual if isinstance(residual, Residual) else residual.portable()
+    """Return the residual in the form that is packed and that every device reads; settles it if it is not."""
+    if isinstance(residual, Residual):
+        return residual
+    settle([Merged(residual, "triton")])
+    return residual.portable()
 
 
 def _merge_plainly(weight: torch.Tensor, change: Change, residual: bool) -> Merged:

@@ -4,6 +4,9 @@ Every program works on one tile of a weight of 16- or 32-bit floats, which it se
 the weight from the merged one, with PUT it merges, with KEEP it also leaves a residual; a switch does all three.
 The residual's codes are those of `residual.py`; the escaped weights of a tile lie in a bucket of its own, as
 (position in the tile) << 16 | bits, or as two words each for 32-bit floats, in row-major order.
+
+WHOLE, with PUT alone, merges the tiles whose numbers `new_counts` lists, marks all of their weights as escaped and
+writes the tiles whole, as they were, one after the other into `new_buckets`.
 """
 
 import triton
@@ -120,14 +123,8 @@ def tile_pass(
     OLD_BLOCK: tl.constexpr, OLD_SINGLE: tl.constexpr, NEW_BLOCK: tl.constexpr, NEW_SINGLE: tl.constexpr,
     PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Work on one tile of the weight (m, n).
-
-    WHOLE, with PUT alone, merges the tiles whose numbers `new_counts` lists, marks all of their weights as escaped and
-    writes the tiles whole, as they were, one after the other into `new_buckets`.
-    """
-    tile = tl.program_id(0)
-    if WHOLE:
-        tile = tl.load(new_counts + tile)
+    """Work on one tile of the weight (m, n)."""
+    tile = tl.load(new_counts + tl.program_id(0)) if WHOLE else tl.program_id(0)
     row = (tile // tl.cdiv(n, BLOCK_N)).to(tl.int64) * BLOCK_M
     column = (tile % tl.cdiv(n, BLOCK_N)).to(tl.int64) * BLOCK_N
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)

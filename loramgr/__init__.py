@@ -1,6 +1,7 @@
 """A manager for LoRA adapters: immutable versions of them, exact merges, and bases restored bit for bit.
 
 `Workspace` is the way in; its methods take references and options and return the records of `loramgr.records`.
+`attach` takes a model in memory in hand, to merge adapters into it in place.
 Names are imported when they are first used, so that `import loramgr` costs nothing.
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         GcReport,
         HistoryEntry,
         InspectReport,
+        LiveReport,
         MergeCheck,
         MergedAdapter,
         MergeReport,
@@ -47,10 +49,11 @@ if TYPE_CHECKING:
         to_json,
     )
     from loramgr.workspace import AddOptions, MergeOptions, Retention, VersionQuery, Workspace
+    from loramgr.workspace.live import Composition, LiveModel, attach
 
 __version__ = "0.1.0"
 
-_HOMES = ("loramgr.errors", "loramgr.records", "loramgr.workspace")
+_HOMES = ("loramgr.errors", "loramgr.records", "loramgr.workspace", "loramgr.workspace.live")
 
 __all__ = [
     "AddOptions",
@@ -60,6 +63,7 @@ __all__ = [
     "BaseRecord",
     "BaseReference",
     "BaseVerification",
+    "Composition",
     "ConflictError",
     "ExportReport",
     "FileRecord",
@@ -68,6 +72,8 @@ __all__ = [
     "IncompatibleError",
     "InspectReport",
     "IntegrityError",
+    "LiveModel",
+    "LiveReport",
     "LoramgrError",
     "MergeCheck",
     "MergeOptions",
@@ -90,6 +96,7 @@ __all__ = [
     "VersionRecord",
     "Workspace",
     "__version__",
+    "attach",
     "to_json",
 ]
 

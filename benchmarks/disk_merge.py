@@ -157,7 +157,7 @@ def run(*command: str | Path) -> Run:
 def turn(place: Path, kind: str, *, peft: bool) -> dict[str, Run]:
     """Run every contender once and return what each took."""
     output, base, adapter = place / "output", place / "base", place / kind.partition(" ")[0]
-    loramgr = [sys.executable, "-m", "loramgr", "--home", place / "home", "--quiet"]
+    loramgr: list[str | Path] = [sys.executable, "-m", "loramgr", "--home", place / "home", "--quiet"]
     runs = {"import": run(sys.executable, "-c", "import torch")}
     commands: dict[str, list[str | Path]] = {
         "loramgr": [*loramgr, "merge", "base", adapter, "-o", output],

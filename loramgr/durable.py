@@ -9,10 +9,11 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["BatchSync", "appear", "begin_writing", "make_folder", "sync_folder"]
+__all__ = ["BatchSync", "appear", "begin_writing", "make_folder", "reserve", "sync_folder"]
 
 _FEW = 16
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE
+_CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EINTR})
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 
 
@@ -79,6 +80,22 @@ def begin_writing(descriptor: int, start: int, count: int) -> None:
         library = ctypes.CDLL(None)
         if hasattr(library, "sync_file_range"):
             library.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(count), _WRITE)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Have the file system set bytes of a new file aside, where it can: writing is faster, and a full disk known first.
+
+    Raises OSError when there is no room (man 2 fallocate).
+    """
+    import ctypes
+
+    if sys.platform != "linux" or not size:
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        code = ctypes.get_errno()
+        if code not in _CANNOT_RESERVE:
+            raise OSError(code, os.strerror(code))
 
 
 def make_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from loramgr.tensorfile import Data, FileTensor, TensorSpec
 __all__ = ["Region"]
 
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+_PIECE = 1 << 23  # bytes that are hashed at once: large ones let other threads run meanwhile
 _STEP = 1 << 30  # bytes that one call of the kernel may copy
 
 
@@ -50,7 +51,7 @@ class Region:
         with source.path.open("rb", buffering=0) as file:
             at = self._copy(file.fileno(), source)
         self._done(at)
-        buffer = memoryview(bytearray(min(CHUNK, source.spec.nbytes)))
+        buffer = memoryview(bytearray(min(_PIECE, source.spec.nbytes)))
         at, end = self.start, self.start + source.spec.nbytes
         while at < end:
             count = os.preadv(self.file, [buffer[: end - at]], at)

@@ -7,21 +7,25 @@ next one with the same plan takes the shards that are as the journal says, hashe
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Event
 
 from loramgr.checkpoints.fingerprint import digest_tensor
 from loramgr.checkpoints.journal import Journal
 from loramgr.checkpoints.output import OutputTensor, Shard
 from loramgr.checkpoints.regions import Region
 from loramgr.digests import TensorDigest
+from loramgr.durable import reserve
 from loramgr.tensorfile import FileTensor, encode_header
 
 __all__ = ["Writing", "write_shards"]
+
+_AHEAD = 4  # shards that are begun before the first of them has to be complete
 
 
 class Budget:
@@ -68,57 +72,136 @@ def write_shards(folder: Path, shards: Sequence[Shard], how: Writing) -> dict[st
     Those that the journal has are not made again. What a tensor's `produce` raises is passed on, when no thread works
     on anything any more; the files are then incomplete, and the caller drops them.
     """
-    budget = Budget(how.memory)
-    written: dict[str, TensorDigest] = {}
     finished = {} if how.journal is None else how.journal.begin()
-    with ThreadPoolExecutor(max(1, how.jobs)) as pool, ThreadPoolExecutor(1) as closer:
-        closing = []
-        for shard in shards:
-            tensors = finished.get(shard.name)
-            if tensors is not None and _is_there(folder, shard, tensors, pool):
-                how.progress(sum(tensor.spec.nbytes for tensor in shard.tensors))
-            else:
-                tensors = _write_shard(folder, shard, how, pool, budget)
-                closing.append(closer.submit(_close, folder, shard, tensors, how))
-            written.update((tensor.name, tensor) for tensor in tensors)
+    jobs = max(1, how.jobs)
+    with ThreadPoolExecutor(jobs) as copying, ThreadPoolExecutor(jobs) as making:
+        pools = _Pools(copying, making, Budget(how.memory), how.progress)
+        there = {
+            shard.name: tensors
+            for shard in shards
+            if (tensors := finished.get(shard.name)) is not None and _is_there(folder, shard, tensors, copying)
+        }
+        left = [shard for shard in shards if shard.name not in there]
+        how.progress(sum(each.spec.nbytes for shard in shards if shard.name in there for each in shard.tensors))
+        made = _write_all(folder, left, how, pools)
+    return {tensor.name: tensor for tensors in (*there.values(), *made) for tensor in tensors}
+
+
+def _write_all(folder: Path, shards: Sequence[Shard], how: Writing, pools: _Pools) -> list[list[TensorDigest]]:
+    """Write shards, some of them at once, and return the digests of the tensors of each."""
+    begun: deque[_Open] = deque()
+    made: list[list[TensorDigest]] = []
+    with ThreadPoolExecutor(1) as closer:
+        closing: list[Future[None]] = []
+
+        def complete(oldest: _Open) -> None:
+            made.append(oldest.result())
+            closing.append(closer.submit(_close, folder, oldest.shard, made[-1], how))
+
+        try:
+            for at, shard in enumerate(shards):
+                lanes = max(1, how.jobs // (len(shards) - at))
+                begun.append(_Open.begin(folder, shard, pools, lanes))
+                if len(begun) > _AHEAD:
+                    complete(begun.popleft())
+            while begun:
+                complete(begun.popleft())
+        finally:  # nothing is left, unless something failed
+            if begun:
+                pools.stop.set()
+            for each in begun:
+                each.abandon()
         for future in closing:
             future.result()
-    return written
+    return made
 
 
-def _write_shard(
-    folder: Path, shard: Shard, how: Writing, pool: ThreadPoolExecutor, budget: Budget
-) -> list[TensorDigest]:
-    header = _header(shard)
-    (folder / shard.name).unlink(missing_ok=True)
-    file = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        os.pwrite(file, header, 0)
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    """The threads that copy and those that make tensors, what these may hold, and whether to go on.
 
-        def fill(tensor: OutputTensor, start: int) -> TensorDigest:
-            region = Region(tensor.spec, file, start)
-            with budget.holding(tensor.memory):
-                tensor.produce(region)
-            how.progress(tensor.spec.nbytes)
-            return region.digest
+    Copies have threads of their own, so that they need not wait for what is loaded to make the others.
+    """
 
-        return _all([pool.submit(fill, *each) for each in zip(shard.tensors, _starts(shard, len(header)), strict=True)])
-    finally:
-        os.close(file)
+    copying: ThreadPoolExecutor
+    making: ThreadPoolExecutor
+    budget: Budget
+    progress: Callable[[int], object]
+    stop: Event = field(default_factory=Event)
 
 
-def _all(futures: list[Future[TensorDigest]]) -> list[TensorDigest]:
-    """Return all results; when one fails, wait for those that have begun, and raise what it raised."""
-    try:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    except BaseException:
-        for future in futures:
+@dataclass(slots=True)
+class _Open:
+    """A shard that is being written."""
+
+    shard: Shard
+    file: int
+    futures: list[Future[list[TensorDigest]]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, folder: Path, shard: Shard, pools: _Pools, lanes: int) -> _Open:
+        """Make the file with its header, and have its tensors made, and copied by so many threads.
+
+        These are few: two that write to one file wait for each other.
+        """
+        header = _header(shard)
+        (folder / shard.name).unlink(missing_ok=True)
+        file = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        opened = cls(shard, file)
+        try:
+            reserve(file, len(header) + sum(tensor.spec.nbytes for tensor in shard.tensors))
+            os.pwrite(file, header, 0)
+        except BaseException:
+            os.close(file)
+            raise
+        placed = list(zip(shard.tensors, _starts(shard, len(header)), strict=True))
+        copies = [each for each in placed if not each[0].memory]
+        for lane in range(lanes):
+            opened._submit(pools.copying, copies[lane::lanes], pools)
+        for each in placed:
+            if each[0].memory:
+                opened._submit(pools.making, [each], pools)
+        return opened
+
+    def _submit(self, pool: ThreadPoolExecutor, placed: Sequence[tuple[OutputTensor, int]], pools: _Pools) -> None:
+        def fill() -> list[TensorDigest]:
+            regions = [Region(tensor.spec, self.file, start) for tensor, start in placed]
+            for (tensor, _), region in zip(placed, regions, strict=True):
+                _fill(tensor, region, pools)
+            return [region.digest for region in regions]
+
+        self.futures.append(pool.submit(fill))
+
+    def result(self) -> list[TensorDigest]:
+        """Wait for all tensors and close the file; return their digests in the order of the shard."""
+        try:
+            done, _ = wait(self.futures, return_when=FIRST_EXCEPTION)
+            found = {digest.name: digest for future in done for digest in future.result()}
+        except BaseException:
+            self.abandon()
+            raise
+        os.close(self.file)
+        return [found[tensor.spec.name] for tensor in self.shard.tensors]
+
+    def abandon(self) -> None:
+        """Wait for what has begun, do nothing more, and close the file."""
+        for future in self.futures:
             future.cancel()
-        wait(futures)
+        wait(self.futures)
+        os.close(self.file)
+
+
+def _fill(tensor: OutputTensor, region: Region, pools: _Pools) -> None:
+    """Have a tensor made, unless another one failed; a failure stops the others."""
+    if pools.stop.is_set():
+        raise CancelledError
+    try:
+        with pools.budget.holding(tensor.memory):
+            tensor.produce(region)
+    except BaseException:
+        pools.stop.set()
         raise
-    return [future.result() for future in futures]
+    pools.progress(tensor.spec.nbytes)
 
 
 def _close(folder: Path, shard: Shard, tensors: list[TensorDigest], how: Writing) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from loramgr.algebra.plain import Change
     from loramgr.algebra.terms import Term
 
-__all__ = ["Computed", "Merger", "check_device", "pick_device", "return_memory", "single_threaded"]
+__all__ = ["Computed", "Merger", "check_device", "loading_torch", "pick_device"]
 
 
 def pick_device(asked: str) -> tuple[str, str | None]:
@@ -28,12 +31,14 @@ def pick_device(asked: str) -> tuple[str, str | None]:
     Exact numerics need float64, which MPS devices lack: there the CPU computes. Raises IncompatibleError for a device
     that is not there.
     """
-    import torch
-
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if asked == "cpu" or (asked == "auto" and not _may_have_gpu()):
         return "cpu", None
     if asked == "mps":
         return "cpu", "exact numerics need float64, which MPS does not have: computed on the CPU"
+    import torch
+
+    if asked == "auto" and not torch.cuda.is_available():
+        return "cpu", None
     device = "cuda" if asked == "auto" else asked
     try:
         torch.empty(0, device=device)
@@ -42,6 +47,12 @@ def pick_device(asked: str) -> tuple[str, str | None]:
             f"the device {asked!r} is not there: {str(error).splitlines()[0]}", "--device cpu"
         ) from error
     return device, None
+
+
+def _may_have_gpu() -> bool:
+    """Say whether torch is worth asking for GPUs: on Linux they have one of these devices (NVIDIA, WSL, AMD)."""
+    nodes = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    return sys.platform != "linux" or any(Path(node).exists() for node in nodes)
 
 
 def check_device(device: str, touched: Sequence[TensorSpec], jobs: int) -> None:
@@ -57,26 +68,38 @@ def check_device(device: str, touched: Sequence[TensorSpec], jobs: int) -> None:
         raise LoramgrError(f"{device}: {needed:,} bytes are needed on the device and {free:,} are free", "--device cpu")
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Let torch compute with one thread where it is called, for callers that have threads of their own."""
-    import torch
+_PATIENCE = 0.0005  # seconds: a thread that copies needs the interpreter rarely, and is not to wait long for it
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+
+@contextmanager
+def loading_torch() -> Iterator[None]:
+    """Load torch beside what the block does, and let it compute with one thread for each that asks it.
+
+    Loading takes longer than copying a shard, so whoever needs no torch yet goes on; who does waits for it.
+    """
+    before: list[int] = []
+
+    def load() -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_PATIENCE)
+        try:
+            import torch
+
+            before.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+        finally:
+            sys.setswitchinterval(interval)
+
+    thread = Thread(target=load, name="loading torch")
+    thread.start()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        thread.join()
+        if before:
+            import torch
 
-
-def return_memory() -> None:
-    """Have the C library give unused memory back to the system, where it can be asked to (man 3 malloc_trim)."""
-    import ctypes
-
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+            torch.set_num_threads(before[0])
 
 
 _COPIES_ON_DEVICE = 6  # the weight, what is made of it, and tiles in float64
@@ -247,7 +270,9 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_non_finite(name: str, merged: torch.Tensor, contributions: Sequence[Contribution]) -> None:
-    if bool(merged.isfinite().all()):
+    from loramgr.algebra.finite import all_finite
+
+    if all_finite(merged):
         return
     count = int((~merged.isfinite()).sum())
     refs = ", ".join(item.pick.ref for item in contributions)

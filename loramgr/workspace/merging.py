@@ -16,7 +16,7 @@ from loramgr.errors import IncompatibleError, IntegrityError, UsageError
 from loramgr.records import MergedAdapter, MergeReport
 from loramgr.references import is_path, parse_weighted
 from loramgr.workspace.adapters import reference
-from loramgr.workspace.computing import Merger, check_device, pick_device
+from loramgr.workspace.computing import Merger, check_device, loading_torch, pick_device
 from loramgr.workspace.contributions import Pick
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
@@ -90,7 +90,7 @@ def merge_onto(
         raise UsageError(f"there are no {options.numerics!r} numerics", "--numerics exact")
     device, note = pick_device(options.device)
     output, in_place = where.output, where.replaces is not None
-    with picked(home, base, adapters) as (picks, folders):
+    with loading_torch(), picked(home, base, adapters) as (picks, folders):
         plan = plan_merge(base, picks, options)
         _check_reversible(plan, options)
         producer = Producer(plan, Merger(device, options.force, options.numerics))

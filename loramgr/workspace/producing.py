@@ -15,7 +15,7 @@ from loramgr.checkpoints.residuals import ORIGINAL, ResidualFile
 from loramgr.digests import TensorDigest
 from loramgr.errors import IntegrityError
 from loramgr.tensorfile import Data, FileTensor, TensorSpec
-from loramgr.workspace.computing import Merger, return_memory
+from loramgr.workspace.computing import Merger
 from loramgr.workspace.home import Home
 from loramgr.workspace.planning import MergePlan, Target
 
@@ -23,7 +23,6 @@ __all__ = ["Producer"]
 
 _COPIES = 4  # a weight, what is made of it, and what is on its way from one to the other
 _COPIES_WITH_RESIDUAL = 8
-_TRIM = 1 << 27  # bytes of tensors that are made before memory is given back
 
 
 class Producer:
@@ -37,7 +36,6 @@ class Producer:
         self._merger = merger
         self._residuals: dict[str, ResidualFile] = {}
         self._lock = Lock()
-        self._untrimmed = 0
         self.bytes_read = 0
         self.kernels: set[str] = set()
 
@@ -80,8 +78,6 @@ class Producer:
             return
         data, parts = self._produced(target)
         region.write(data)
-        del data
-        self._trim(region.spec.nbytes)
         known = self._plan.base.tensors.get(target.spec.name)
         if parts and known is not None and region.digest != known:
             self._residuals[target.spec.name].add(target.spec.name, parts)
@@ -126,15 +122,6 @@ class Producer:
         data = self._plan.base.checkpoint.tensors[name].read_bytes()
         self._check(name, hashlib.sha256(data).hexdigest(), len(data))
         return data
-
-    def _trim(self, size: int) -> None:
-        """Give the memory of earlier tensors back to the system now and then: malloc keeps it, in pieces."""
-        with self._lock:
-            self._untrimmed += size
-            due = self._untrimmed >= _TRIM
-            self._untrimmed = 0 if due else self._untrimmed
-        if due:
-            return_memory()
 
     def _check(self, name: str, sha256: str, size: int) -> None:
         """Count what was read of the base, and compare it with what the base has."""

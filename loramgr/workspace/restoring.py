@@ -15,7 +15,7 @@ from loramgr.checkpoints.staging import check_free, staged, sweep
 from loramgr.digests import TensorDigest, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
 from loramgr.records import MergeCheck, UnmergeReport
-from loramgr.workspace.computing import Merger, pick_device
+from loramgr.workspace.computing import Merger, loading_torch, pick_device
 from loramgr.workspace.home import Home
 from loramgr.workspace.merged import MergedFolder, read_record
 from loramgr.workspace.merging import Destination, picked
@@ -75,7 +75,7 @@ def with_base(
 
 def _from_residual(home: Home, folder: Path, where: Destination, base: OpenBase) -> str:
     plan = MergePlan(base, (), copies(base, {}, None), ConfigChange(), ())
-    with staged(where.output, replace=where.replaces is not None) as stage:
+    with loading_torch(), staged(where.output, replace=where.replaces is not None) as stage:
         check_free(where.output, sum(target.spec.nbytes for target in plan.targets.values()))
         producer = Producer(plan, Merger("cpu", force=True))
         written = write_model(home, plan, producer, {}, Stage(stage, where.replaces), "unmerge")
@@ -113,6 +113,12 @@ def verify_merge(home: Home, folder: Path) -> MergeCheck:
     NotFoundError when the base or an adapter is not at hand.
     """
     record = merged_folder(folder)
+    device, _ = pick_device("auto")
+    if record.report.numerics == "fast" and record.report.kernel == "triton" and device == "cpu":
+        raise IncompatibleError(
+            f"{folder}: merged with fast numerics on {record.report.device}, whose bits no CPU computes",
+            "verify it on such a GPU, or loramgr unmerge",
+        )
     base = base_of_record(home, record)
     found = fingerprint(open_checkpoint(folder), home.jobs, home.progress, None)
     adapters = [(replayed(home, adapter), adapter.weight) for adapter in record.report.adapters]
@@ -120,7 +126,7 @@ def verify_merge(home: Home, folder: Path) -> MergeCheck:
     with picked(home, base, adapters) as (picks, _):
         check_picks(record, picks)
         plan = plan_merge(base, picks, options)
-        producer = Producer(plan, Merger(pick_device("auto")[0], options.force, record.report.numerics))
+        producer = Producer(plan, Merger(device, options.force, record.report.numerics))
         mismatched = {name for name, target in plan.targets.items() if found.get(name) != _replay(producer, target)}
     mismatched |= found.keys() - plan.targets.keys()
     return MergeCheck(not mismatched, len(plan.targets), sorted(mismatched))

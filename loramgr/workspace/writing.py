@@ -18,7 +18,6 @@ from loramgr.checkpoints.streaming import Writing, write_shards
 from loramgr.digests import TensorDigest, canonical_json, digest_bytes, digest_file
 from loramgr.errors import IntegrityError
 from loramgr.tensorfile import FileTensor
-from loramgr.workspace.computing import single_threaded
 from loramgr.workspace.home import Home
 from loramgr.workspace.options import MergeOptions
 from loramgr.workspace.planning import MergePlan
@@ -91,7 +90,7 @@ def write_model(
         return kept[shard.name].finish() if shard.name in kept else ()
 
     journal = Journal(stage.folder, key)
-    with _bar(home, shards) as advance, single_threaded():
+    with _bar(home, shards) as advance:
         written.tensors.update(write_shards(stage.folder, made, Writing(home.jobs, _MEMORY, advance, journal, finish)))
         written.tensors.update(producer.checked([tensor.spec.name for shard in same for tensor in shard.tensors], home))
     journal.forget()

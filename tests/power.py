@@ -199,6 +199,10 @@ class _Reading:
             self._write(call, node, arguments, result)
         elif call == "ftruncate":
             self.journal.steps.append(Write(node, int(arguments[1]), None))
+        elif call == "sync_file_range":
+            return  # it begins to write, and promises nothing
+        elif call == "fallocate":
+            self._reserve(node, int(arguments[2]) + int(arguments[3]))
         else:
             raise NotImplementedError(f"{call}({arguments})")
 
@@ -220,6 +224,12 @@ class _Reading:
         self.journal.steps.append(Write(node, offset, _decoded(arguments[1])[:result]))
         if call == "write":
             self._offsets[key] = offset + result
+
+    def _reserve(self, node: Node, size: int) -> None:
+        """Note that a file became longer, unless it is as long."""
+        length = len(self._read_node(node))
+        if size > length:
+            self.journal.steps.append(Write(node, size, None))
 
     def _copy(self, call: str, arguments: list[str], result: int) -> None:
         """Note a copy in the kernel, whose offsets strace prints as they were and as they are after it."""
@@ -243,6 +253,9 @@ class _Reading:
         if node is None:
             assert path is not None
             return bytearray(path.read_bytes())
+        return self._read_node(node)
+
+    def _read_node(self, node: Node) -> bytearray:
         content = _content(node)
         for step in self.journal.steps:
             if isinstance(step, Write) and step.node is node:

@@ -201,7 +201,8 @@ def _understood(weight: torch.Tensor, change: Change, residual: Kept, unproven: 
         turned = [way for way in (False, True) if may_undo(residual.origin, kernels.origin_of(weight.device, way))]
         if turned or unproven:
             way = turned[0] if turned else kernels.is_transposed(weight)
-            return kernels, _tiled(residual, way, kernels.origin_of(weight.device, way))
+            near = residual.to(weight.device) if isinstance(residual, Residual) else residual
+            return kernels, _tiled(near, way, kernels.origin_of(weight.device, way))
     if unproven and isinstance(residual, Residual):
         return None, residual
     raise IncompatibleError(

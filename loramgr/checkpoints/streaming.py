@@ -95,7 +95,7 @@ def _write_all(folder: Path, shards: Sequence[Shard], how: Writing, pools: _Pool
         closing: list[Future[None]] = []
 
         def complete(oldest: _Open) -> None:
-            made.append(oldest.result())
+            made.append(oldest.result(pools))
             closing.append(closer.submit(_close, folder, oldest.shard, made[-1], how))
 
         try:
@@ -118,7 +118,7 @@ def _write_all(folder: Path, shards: Sequence[Shard], how: Writing, pools: _Pool
 
 @dataclass(frozen=True, slots=True)
 class _Pools:
-    """The threads that copy and those that make tensors, what these may hold, and whether to go on.
+    """The threads that copy and those that make tensors, what these may hold, whether to go on, and why not.
 
     Copies have threads of their own, so that they need not wait for what is loaded to make the others.
     """
@@ -128,6 +128,7 @@ class _Pools:
     budget: Budget
     progress: Callable[[int], object]
     stop: Event = field(default_factory=Event)
+    failures: list[BaseException] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -172,12 +173,16 @@ class _Open:
 
         self.futures.append(pool.submit(fill))
 
-    def result(self) -> list[TensorDigest]:
+    def result(self, pools: _Pools) -> list[TensorDigest]:
         """Wait for all tensors and close the file; return their digests in the order of the shard."""
         try:
             done, _ = wait(self.futures, return_when=FIRST_EXCEPTION)
             found = {digest.name: digest for future in done for digest in future.result()}
+        except CancelledError:  # because of a failure, maybe in another shard
+            self.abandon()
+            raise pools.failures[0] from None
         except BaseException:
+            pools.stop.set()
             self.abandon()
             raise
         os.close(self.file)
@@ -198,7 +203,8 @@ def _fill(tensor: OutputTensor, region: Region, pools: _Pools) -> None:
     try:
         with pools.budget.holding(tensor.memory):
             tensor.produce(region)
-    except BaseException:
+    except BaseException as error:
+        pools.failures.append(error)
         pools.stop.set()
         raise
     pools.progress(tensor.spec.nbytes)

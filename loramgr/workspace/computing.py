@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from loramgr.algebra.plain import Change
     from loramgr.algebra.terms import Term
 
-__all__ = ["Computed", "Merger", "check_device", "loading_torch", "pick_device"]
+__all__ = ["Computed", "Merger", "check_device", "pick_device"]
 
 
 def pick_device(asked: str) -> tuple[str, str | None]:
@@ -66,40 +64,6 @@ def check_device(device: str, touched: Sequence[TensorSpec], jobs: int) -> None:
     needed = _COPIES_ON_DEVICE * sum(largest)
     if needed > free:
         raise LoramgrError(f"{device}: {needed:,} bytes are needed on the device and {free:,} are free", "--device cpu")
-
-
-_PATIENCE = 0.0005  # seconds: a thread that copies needs the interpreter rarely, and is not to wait long for it
-
-
-@contextmanager
-def loading_torch() -> Iterator[None]:
-    """Load torch beside what the block does, and let it compute with one thread for each that asks it.
-
-    Loading takes longer than copying a shard, so whoever needs no torch yet goes on; who does waits for it.
-    """
-    before: list[int] = []
-
-    def load() -> None:
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(_PATIENCE)
-        try:
-            import torch
-
-            before.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-        finally:
-            sys.setswitchinterval(interval)
-
-    thread = Thread(target=load, name="loading torch")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        if before:
-            import torch
-
-            torch.set_num_threads(before[0])
 
 
 _COPIES_ON_DEVICE = 6  # the weight, what is made of it, and tiles in float64

@@ -16,10 +16,11 @@ from loramgr.errors import IncompatibleError, IntegrityError, UsageError
 from loramgr.records import MergedAdapter, MergeReport
 from loramgr.references import is_path, parse_weighted
 from loramgr.workspace.adapters import reference
-from loramgr.workspace.computing import Merger, check_device, loading_torch, pick_device
+from loramgr.workspace.computing import Merger, check_device, pick_device
 from loramgr.workspace.contributions import Pick
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
+from loramgr.workspace.loading import loading_torch
 from loramgr.workspace.matching import bind_to
 from loramgr.workspace.merged import MergedFolder, write_record
 from loramgr.workspace.options import NUMERICS, MergeOptions

@@ -15,8 +15,9 @@ from loramgr.checkpoints.staging import check_free, staged, sweep
 from loramgr.digests import TensorDigest, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
 from loramgr.records import MergeCheck, UnmergeReport
-from loramgr.workspace.computing import Merger, loading_torch, pick_device
+from loramgr.workspace.computing import Merger, pick_device
 from loramgr.workspace.home import Home
+from loramgr.workspace.loading import loading_torch
 from loramgr.workspace.merged import MergedFolder, read_record
 from loramgr.workspace.merging import Destination, picked
 from loramgr.workspace.options import NUMERICS, MergeOptions

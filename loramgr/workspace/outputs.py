@@ -34,6 +34,8 @@ def remember(home: Home, output: Path, digest: str) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=home.store.root / SCRATCH)
         with os.fdopen(descriptor, "w") as file:
             json.dump({"path": str(path), "output_digest": digest}, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave a note that says nothing
         Path(temporary).replace(folder / f"{name}.json")
 
 

@@ -238,7 +238,10 @@ def test_only_what_an_adapter_changes_has_to_be_the_bases(workspace: Workspace) 
     model = Toy()
     with torch.no_grad():
         model.head.weight[3, 3] += 1
-    workspace.attach(torch.nn.ModuleDict({"model": model}), base="toy").merge("sql")
+    live = workspace.attach(torch.nn.ModuleDict({"model": model}), base="toy")
+    live.merge("sql")
+    assert [each.ref for each in live.merged] == ["sql@v1"]
+    assert live.verify().ok
 
 
 def test_another_dtype_than_the_bases_cannot_be_compared(workspace: Workspace) -> None:

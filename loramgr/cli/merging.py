@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ from loramgr.cli.session import Session
 __all__ = ["merge", "status", "switch", "unmerge", "verify_merge"]
 
 
-numerics_option = click.option(
-    "--numerics",
-    type=click.Choice(["exact", "fast"]),
-    default="exact",
-    help="exact: correctly rounded, everywhere the same; fast: float32, rounded once.  [default: exact]",
+_MERGE_OPTIONS = (
+    click.option(
+        "--numerics",
+        type=click.Choice(["exact", "fast"]),
+        default="exact",
+        help="exact: correctly rounded, everywhere the same; fast: float32, rounded once.  [default: exact]",
+    ),
+    click.option("--verify", is_flag=True, help="Read the output again and compare before it appears."),
+    click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same."),
+    click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together."),
+    force_option,
+    device_option,
+    jobs_option,
 )
+
+
+def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_MERGE_OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.command(cls=Command)
@@ -29,13 +44,7 @@ numerics_option = click.option(
 @click.option("--in-place", is_flag=True, help="Change the base's own folder instead; it can be unmerged.")
 @click.option("--reversible", is_flag=True, help="Keep beside the weights what unmerges them without the base.")
 @click.option("--dtype", help="Dtype of the merged weights.  [default: the base's]")
-@numerics_option
-@click.option("--verify", is_flag=True, help="Read the output again and compare before it appears.")
-@click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same.")
-@click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together.")
-@force_option
-@device_option
-@jobs_option
+@_merge_options
 @click.pass_obj
 def merge(
     session: Session,
@@ -50,7 +59,7 @@ def merge(
 ) -> None:
     """Merge adapters into a base: a model folder ready to deploy.
 
-    Every weight is the exact sum, rounded once. WEIGHT is 1 where it is not given.
+    With exact numerics every weight is the true sum, rounded once. WEIGHT is 1 where it is not given.
     """
     from loramgr.workspace import MergeOptions
 
@@ -66,13 +75,7 @@ def merge(
 @click.command(cls=Command)
 @folder_argument
 @click.argument("adapters", nargs=-1, required=True, metavar="REF[=WEIGHT]...")
-@numerics_option
-@click.option("--verify", is_flag=True, help="Read the output again and compare before it appears.")
-@click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same.")
-@click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together.")
-@force_option
-@device_option
-@jobs_option
+@_merge_options
 @click.pass_obj
 def switch(session: Session, /, folder: Path, adapters: tuple[str, ...], jobs: int | None, **options: Any) -> None:
     """Merge other adapters into a merged folder, in the place of those in it.

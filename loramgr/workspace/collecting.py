@@ -32,7 +32,7 @@ _REPAIR = "loramgr verify --repair"
 class _Garbage:
     """What can go: log entries, each after those that follow it, manifests, blobs, and temporary files.
 
-    `young` are the entries that do not count either, and stay for now.
+    `young` are the entries that do not count either, and are younger than the grace.
     """
 
     entries: list[Entry]

@@ -34,7 +34,9 @@ def test_a_skip_passes_only_where_it_may(
     for name, source in SOURCES.items():
         (tmp_path / name).write_text(source)
     environment = {name: value for name, value in os.environ.items() if name not in {"CI", "LORAMGR_REQUIRE_SERVERS"}}
+    # A folder of its own: else the inner run would delete what earlier runs of the outer one have left, for minutes.
     command = [sys.executable, "-m", "pytest", "-rfE", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    command += [f"--basetemp={tmp_path / 'inner'}"]
     done = subprocess.run(command, env=environment | setting, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert set(re.findall(r"^(?:FAILED|ERROR) (\w+\.py)", done.stdout, re.MULTILINE)) == failing, done.stdout
     assert bool(done.returncode) == bool(failing)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
+from loramgr.memory import large_pages
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +83,9 @@ class FileTensor:
     path: Path
     start: int
 
-    def read_bytes(self) -> bytearray:
+    def read_bytes(self) -> bytearray | memoryview:
         """Return the tensor's bytes; IntegrityError when the file has become shorter."""
-        data = bytearray(self.spec.nbytes)
+        data = large_pages(self.spec.nbytes)
         left = memoryview(data)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)

@@ -40,13 +40,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def from_bytes(data: Data, spec: TensorSpec) -> torch.Tensor:
     """Return the tensor of the given dtype and shape that the bytes hold (row-major, little-endian).
 
-    The memory of a bytearray becomes the tensor's; other bytes are copied.
+    Memory that may be written to becomes the tensor's; other bytes are copied.
     """
     dtype = torch_dtype(spec.dtype)
     if not len(data):
         return torch.empty(spec.shape, dtype=dtype)
     # torch warns about memory that it could not write to
-    writable = data if isinstance(data, bytearray) else bytearray(data)
+    writable = bytearray(data) if memoryview(data).readonly else data
     return torch.frombuffer(writable, dtype=dtype).reshape(spec.shape)
 
 

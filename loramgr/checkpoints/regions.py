@@ -11,6 +11,7 @@ from typing import Any
 from loramgr.digests import CHUNK, TensorDigest
 from loramgr.durable import begin_writing
 from loramgr.errors import IntegrityError
+from loramgr.memory import piece
 from loramgr.tensorfile import Data, FileTensor, TensorSpec
 
 __all__ = ["Region"]
@@ -51,7 +52,7 @@ class Region:
         with source.path.open("rb", buffering=0) as file:
             at = self._copy(file.fileno(), source)
         self._done(at)
-        buffer = memoryview(bytearray(min(_PIECE, source.spec.nbytes)))
+        buffer = piece(min(_PIECE, source.spec.nbytes))
         at, end = self.start, self.start + source.spec.nbytes
         while at < end:
             count = os.preadv(self.file, [buffer[: end - at]], at)

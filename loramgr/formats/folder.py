@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 
 from loramgr.containment import resolve_inside
 from loramgr.errors import IncompatibleError, NotFoundError, UsageError
@@ -76,8 +77,12 @@ def kept_files(path: Path, include: Sequence[str]) -> list[str]:
 def _is_present(folder: Path, name: str) -> bool:
     """Say whether a regular file of that name is there; links out of the folder and into nothing are errors."""
     path = folder / name
-    if not (path.is_symlink() or path.exists()):
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    if S_ISREG(mode) and "/" not in name:  # no link is on the way to it
+        return True
     if not resolve_inside(folder, name).exists():
         raise NotFoundError(f"{path}: the link leads to nothing", "put a copy of the file in its place")
     return path.is_file()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rationals import DTYPES, FEWER, bits, decoded, infinity, nearest, tensors
 
 from loramgr.algebra.balls import Ball
-from loramgr.algebra.rounding import HALVES, certify, round_float64, round_fraction, screen
+from loramgr.algebra.rounding import HALVES, _near_midpoints, certify, round_float64, round_fraction, screen
 from loramgr.algebra.scratch import Scratch
 
 NARROW = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -96,6 +96,34 @@ def test_what_is_not_left_open_is_right_for_all_of_the_ball(
         inside = Fraction(middle) + share * reach
         if place not in places:
             assert rounded[place] == nearest(inside, dtype, negative_zero=str(middle)[0] == "-")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponent", [-100, -7, 0, 1, 60])
+def test_the_first_pass_is_right_at_every_distance_from_a_midpoint(exponent: int, sign: int) -> None:
+    # float64 numbers up to 12 float32 numbers away from midpoints, on both sides of a binade's begin too
+    patterns = torch.tensor([0, 1, 2, 63, 126, 127]) + 128 * (127 + exponent)
+    middles = midpoints(torch.bfloat16, patterns)
+    steps = torch.arange(-48, 49, dtype=torch.float64) / 4
+    value = sign * (middles[:, None] + steps * 2.0 ** (exponent - 23)).float().double()
+    value = torch.cat([value, value * (1 + 2.0**-40)], 1)
+    radius = torch.full((value.shape[0], 1), 2.0 ** (exponent - 27), dtype=torch.float64)
+    ball = Ball(value, radius, 2.0**-33)
+    result = torch.empty(value.shape, dtype=torch.bfloat16)
+    assert _near_midpoints(ball, result, Scratch()) is not None  # it is the cheap way that is tested
+    rounded, places = proved(ball, torch.bfloat16, first=True)
+    reach = radius + 2.0**-33 * value.abs()
+    low, high = (bits(round_float64(value + side * reach, torch.bfloat16)) for side in (-1, 1))
+    for place, pattern in enumerate(rounded):
+        assert place in places or low[place] == pattern == high[place]
+    assert 0 < len(places) < len(rounded)
+
+
+@pytest.mark.parametrize("odd", [0.0, 2.0**-127, -(2.0**-126), torch.inf, torch.nan, 3.4e38, 1e-9])
+def test_the_cheap_way_is_not_taken_where_it_proves_nothing(odd: float) -> None:
+    value = torch.tensor([[1.0, 2.0], [3.0, odd]], dtype=torch.float64)
+    ball = Ball(value, torch.full((2, 1), 1e-12, dtype=torch.float64), 2.0**-50)
+    assert _near_midpoints(ball, torch.empty(2, 2, dtype=torch.bfloat16), Scratch()) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

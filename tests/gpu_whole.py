@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loramgr import AddOptions, MergeOptions, Workspace
+from loramgr.errors import LoramgrError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 WIDTH = 520
@@ -118,3 +119,23 @@ def test_a_captured_graph_sees_the_merged_weights(workspace: Workspace, world: P
     live.unmerge()
     graph.replay()
     assert torch.equal(outputs, before)
+
+
+def test_too_little_memory_is_told_before_a_weight_changes(workspace: Workspace, world: Path) -> None:
+    weights, before = state(world, DEVICES[:1]), state(world, DEVICES[:1])
+    live = workspace.attach(weights, base="base")
+    ready = live.prepare("all")
+    held, size = [], 1 << 33
+    while size >= 1 << 16:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device=DEVICES[0]))
+        except torch.OutOfMemoryError:
+            size //= 2
+    with pytest.raises(LoramgrError, match="the way back to the base takes"):
+        live.merge(ready)
+    assert not live.merged
+    del held
+    torch.cuda.empty_cache()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    live.merge(ready)
+    assert live.verify().ok

@@ -11,6 +11,7 @@ from loramgr.records import MergedAdapter
 from loramgr.workspace.live_digests import sha256_of, sha256s
 from loramgr.workspace.live_layout import Layout
 from loramgr.workspace.live_plan import LivePlan
+from loramgr.workspace.live_room import check_room
 from loramgr.workspace.live_signals import held_back
 from loramgr.workspace.live_tensor import Content, LiveTensor, settle
 
@@ -87,11 +88,13 @@ class LiveState:
         """Bring every tensor to what the composition makes of it; return how many changed and which kernels ran.
 
         `present` are the model's tensors. When one fails, those before it are taken back; signals wait for the tensor
-        at work.
+        at work. Raises LoramgrError, with nothing changed, where a GPU has no room for the way back.
         """
         contents = wanted.contents
         changing = [each for each in self._tensors.values() if each.content is not contents.get(each.name)]
         self._check_held(changing, present)
+        new = [each for each in changing if not each.kept_bytes]
+        check_room((each.tensor, contents[each.name]) for each in new if each.name in contents)
         kernels = set()
         begun: list[tuple[LiveTensor, Content | None]] = []
         with held_back() as deliver:

@@ -436,6 +436,25 @@ def test_damaged_catalog(book: Logbook, damage: bytes) -> None:
     assert error.value.hint == "loramgr db rebuild"
 
 
+def test_a_flipped_bit_in_the_schema_is_damage_and_no_bug(book: Logbook) -> None:
+    path = book.catalog.path
+    with sqlite3.connect(path) as connection:
+        statements = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master") if sql]
+    connection.close()
+    sound = path.read_bytes()
+    refused = 0
+    for statement in statements:
+        begin = sound.index(statement.encode())
+        for place in range(begin, begin + len(statement), 23):
+            path.write_bytes(sound[:place] + bytes([sound[place] | 0x80]) + sound[place + 1 :])
+            try:
+                with Catalog.open(path, book.store.uuid).reading() as reader:
+                    reader.bases()
+            except IntegrityError as error:
+                refused += "damaged" in str(error) or "no schema" in str(error)
+    assert refused > len(statements)
+
+
 def test_folder_in_place_of_the_catalog(book: Logbook) -> None:
     book.catalog.path.unlink()
     book.catalog.path.mkdir()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from loramgr.errors import ConflictError, IntegrityError, LoramgrError, UncheckedError
@@ -40,13 +40,29 @@ def open_engine(
         uri = "file::memory:" if path is None else f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
         connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None)
         enforced = f"foreign_keys={'ON' if foreign_keys else 'OFF'}"
-        for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", f"cache_size=-{CACHE_KIB}", enforced):
-            connection.execute(f"PRAGMA {pragma}").close()
+        with _readable_words(path):
+            for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", f"cache_size=-{CACHE_KIB}", enforced):
+                connection.execute(f"PRAGMA {pragma}").close()
         return connection
+
+    def reword(context: ExceptionContext) -> None:
+        with _readable_words(path):
+            if isinstance(context.original_exception, UnicodeDecodeError):
+                raise context.original_exception
 
     engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "handle_error", reword)
     return engine
+
+
+@contextmanager
+def _readable_words(path: Path | None) -> Iterator[None]:
+    """Raise IntegrityError where the driver fails over SQLite's own words: they quote a damaged schema."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise _damaged(path or Path(":memory:")) from error
 
 
 def _begin(connection: Connection) -> None:
@@ -106,8 +122,18 @@ def suspected(path: Path) -> Iterator[None]:
 
 def _failure(error: BaseException | None, path: Path) -> LoramgrError | None:
     code = getattr(error, "sqlite_errorcode", None)  # absent for errors of the driver itself
+    if str(error).startswith(_SIGNS):
+        return _damaged(path)
     explain = _FAILURES.get(code & 0xFF) if isinstance(code, int) else None
     return explain(path) if explain else None
+
+
+# of a schema that is not the one its revision names
+_SIGNS = ("Could not decode to UTF-8", "no such table", "no such column", "malformed database schema")
+
+
+def _damaged(path: Path) -> IntegrityError:
+    return IntegrityError(f"{path}: the catalog is damaged", "loramgr db rebuild")
 
 
 _FAILURES: dict[int, Callable[[Path], LoramgrError]] = {
@@ -118,6 +144,6 @@ _FAILURES: dict[int, Callable[[Path], LoramgrError]] = {
     sqlite3.SQLITE_FULL: lambda path: LoramgrError(f"{path}: no space left for the catalog, nothing was changed"),
     sqlite3.SQLITE_IOERR: lambda path: UncheckedError(f"{path}: the catalog cannot be read or written"),
     sqlite3.SQLITE_CANTOPEN: lambda path: UncheckedError(f"{path}: the catalog cannot be opened"),
-    sqlite3.SQLITE_CORRUPT: lambda path: IntegrityError(f"{path}: the catalog is damaged", "loramgr db rebuild"),
-    sqlite3.SQLITE_NOTADB: lambda path: IntegrityError(f"{path}: the catalog is damaged", "loramgr db rebuild"),
+    sqlite3.SQLITE_CORRUPT: _damaged,
+    sqlite3.SQLITE_NOTADB: _damaged,
 }

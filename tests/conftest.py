@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,11 +27,21 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 NO_SHARED = "shared data is absent"
 NO_SKIPS = os.environ.get("CI") or os.environ.get("LORAMGR_REQUIRE_SERVERS")
+MEMORY = Path("/dev/shm")  # a file system in memory, where there is one
+ENOUGH = 6 << 30  # bytes: many times what the tests hold at once
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 settings.register_profile("short", deadline=None, max_examples=50)
 settings.register_profile("soak", deadline=None, max_examples=2000)
 settings.load_profile("soak" if os.environ.get("LORAMGR_SOAK") else "short")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Work in memory where there is enough: a home has hundreds of folders, which a disk takes a second to delete."""
+    if config.option.basetemp is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
+        config.option.basetemp = tempfile.mkdtemp(prefix="loramgr-test-", dir=MEMORY)
+        config.add_cleanup(partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))
 
 
 def _required(report: Report) -> Report:

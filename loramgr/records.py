@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loramgr.errors import LoramgrError
+from loramgr.figures import DiffReport, DiffSummary, ModuleDifference, ModuleError, ModuleRecord
 
 __all__ = [
     "AddedVersion",
@@ -17,6 +18,9 @@ __all__ = [
     "BaseRecord",
     "BaseReference",
     "BaseVerification",
+    "DerivedVersion",
+    "DiffReport",
+    "DiffSummary",
     "ExportReport",
     "FileRecord",
     "GcReport",
@@ -26,8 +30,11 @@ __all__ = [
     "MergeCheck",
     "MergeReport",
     "MergedAdapter",
+    "ModuleDifference",
+    "ModuleError",
     "ModuleRecord",
     "RebuildReport",
+    "RecomposeReport",
     "Removal",
     "SchemaReport",
     "StatusReport",
@@ -118,6 +125,38 @@ class AddedVersion(VersionRecord):
 
 
 @dataclass(frozen=True)
+class DerivedVersion(AddedVersion):
+    """A version that was computed; `method` is by what: extract, resize, or one of compose's methods.
+
+    `relative_error` is the Frobenius norm of the difference over that of what was wanted, over all modules with
+    factors together; None where nobody computed it. `errors` has each of them.
+    """
+
+    relative_error: float | None
+    errors: list[ModuleError]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RecomposeReport:
+    """A composed version made again from its recipe, beside the one that is stored.
+
+    `same` says that the weights are, bit for bit; else `relative_distance` is the Frobenius norm of the difference of
+    all deltas over that of the stored ones. `made_with` and `recomposed_with` are the versions of loramgr and torch.
+    """
+
+    ref: str
+    method: str
+    same: bool
+    weights_digest: str
+    recomposed_digest: str
+    relative_distance: float
+    made_with: dict[str, str]
+    recomposed_with: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Addition:
     """What came of adding several adapters: the versions in their order, and the error of each path that failed."""
 
@@ -138,32 +177,10 @@ class Addition:
 
 
 @dataclass(frozen=True)
-class ModuleRecord:
-    """One module an adapter updates.
-
-    `kind` is linear, conv1d, embedding, conv2d, bias, saved or tokens; rank, alpha and scaling are None where the
-    update has none. `delta_norm` is the Frobenius norm of scaling·B·A, `effective_rank` the exponential of the
-    entropy of its normalised singular values (Roy & Vetterli 2007), `spectrum` those values, when asked for.
-    """
-
-    name: str
-    kind: str
-    rank: int | None
-    alpha: float | None
-    scaling: float | None
-    in_features: int | None
-    out_features: int | None
-    dtype: str
-    delta_norm: float | None
-    effective_rank: float | None
-    spectrum: list[float] | None = None
-
-
-@dataclass(frozen=True)
 class InspectReport(VersionRecord):
     """A version with what its tensors say; `reason` tells why it is not `mergeable`, and is None when it is.
 
-    `share_of_base` is parameters over the base's, None without a registered base.
+    `share_of_base` is parameters over the base's, None without a registered base; `plot` the picture, if one was made.
     """
 
     modules: list[ModuleRecord]
@@ -171,6 +188,7 @@ class InspectReport(VersionRecord):
     mergeable: bool
     reason: str | None
     share_of_base: float | None
+    plot: str | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ HEAVY = {
     "alembic": {"catalog"},
     "huggingface_hub": {"checkpoints", "workspace", "remotes"},
     "click": {"cli"},
+    "matplotlib": {"workspace"},
 }
 
 
@@ -109,7 +110,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> No
     assert len(violations(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("package", ["torch", "alembic", "huggingface_hub"])
+@pytest.mark.parametrize("package", ["torch", "alembic", "huggingface_hub", "matplotlib"])
 def test_heavy_packages_are_imported_where_they_are_used(root: Path, package: str) -> None:
     # What these do is torch through and through; others import them inside functions.
     computing = {"algebra", "tensors.py"} if package == "torch" else set()
@@ -120,6 +121,16 @@ def test_heavy_packages_are_imported_where_they_are_used(root: Path, package: st
         and package in top_level(ast.parse(path.read_text()))
     ]
     assert loads == []
+
+
+def test_one_module_draws(root: Path) -> None:
+    drawing = {
+        path.name
+        for path in (root / "loramgr").rglob("*.py")
+        for _, name in imported(ast.parse(path.read_text()), "loramgr", is_package=True)
+        if name.split(".")[0] == "matplotlib"
+    }
+    assert drawing == {"plotting.py"}
 
 
 def test_every_module_is_of_a_readable_size(root: Path) -> None:

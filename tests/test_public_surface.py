@@ -19,7 +19,17 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_the_package_offers_the_workspace_with_its_options_the_records_and_the_errors() -> None:
-    own = {"AddOptions", "MergeOptions", "Retention", "VersionQuery", "Workspace", "__version__"}
+    own = {
+        "AddOptions",
+        "ComposeOptions",
+        "ExtractOptions",
+        "MergeOptions",
+        "ResizeOptions",
+        "Retention",
+        "VersionQuery",
+        "Workspace",
+        "__version__",
+    }
     live = {"Composition", "LiveModel", "attach"}
     assert set(loramgr.__all__) == own | live | set(errors.__all__) | set(records.__all__)
 

@@ -11,7 +11,7 @@ from loramgr.checkpoints.families import CONV1D_MODULES, CONV1D_TYPES, is_known_
 from loramgr.errors import IncompatibleError
 from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec, TensorView
 
-__all__ = ["BoundKind", "Layouts", "Pair", "check_fits", "refuse_quantized"]
+__all__ = ["BoundKind", "Layouts", "Pair", "check_fits", "is_replaceable", "is_resizable", "refuse_quantized"]
 
 BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "bias", "saved", "tokens"]
 
@@ -119,10 +119,20 @@ def _require(spec: TensorSpec, fits: bool, *views: TensorView) -> None:
         )
 
 
+def is_resizable(name: str) -> bool:
+    """Say whether the tensor is of the vocabulary or of a task's head, in whose place one of more rows may come."""
+    return is_vocabulary(name) or not _TASK_HEADS.isdisjoint(name.split("."))
+
+
+def is_replaceable(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    """Say whether a tensor of the shape may take the place of the base's."""
+    return spec.shape == shape or (
+        is_resizable(spec.name) and len(spec.shape) == len(shape) > 0 and spec.shape[1:] == shape[1:]
+    )
+
+
 def _check_replacement(spec: TensorSpec, tensor: TensorView) -> None:
-    old, new = spec.shape, tensor.spec.shape
-    resizable = is_vocabulary(spec.name) or not _TASK_HEADS.isdisjoint(spec.name.split("."))
-    _require(spec, old == new or (resizable and len(old) == len(new) > 0 and old[1:] == new[1:]), tensor)
+    _require(spec, is_replaceable(spec, tensor.spec.shape), tensor)
 
 
 def _check_factors(pair: Pair, update: LowRank) -> None:

@@ -23,7 +23,7 @@ from loramgr.digests import TensorDigest
 from loramgr.durable import reserve
 from loramgr.tensorfile import FileTensor, encode_header
 
-__all__ = ["Writing", "write_shards"]
+__all__ = ["Budget", "Writing", "write_shards"]
 
 _AHEAD = 4  # shards that are begun before the first of them has to be complete
 

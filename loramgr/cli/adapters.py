@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from loramgr.cli.lazy import Command
-from loramgr.cli.options import force_option, jobs_option, measurement, name_argument, pair, ref_argument
+from loramgr.cli.options import (
+    force_option,
+    jobs_option,
+    measurement,
+    name_argument,
+    pair,
+    plot_option,
+    ref_argument,
+)
 from loramgr.cli.session import Session
 
 __all__ = ["add", "export", "inspect", "list_adapters", "log"]
@@ -85,14 +93,15 @@ def log(session: Session, /, name: str) -> None:
 
 @click.command(cls=Command)
 @ref_argument
-@click.option("--spectrum", is_flag=True, help="The singular values of every module's delta.")
+@click.option("--spectrum", is_flag=True, help="Singular values, ranks really used, shares of the weights, outliers.")
+@plot_option
 @click.pass_obj
-def inspect(session: Session, /, ref: str, spectrum: bool) -> None:
+def inspect(session: Session, /, ref: str, spectrum: bool, plot: Path | None) -> None:
     """Look into an adapter: ranks, norms, what it would change.
 
     REF is name, name@v3, name@tag, name@sha256:prefix or sha256:prefix, or a path to an adapter on disk.
     """
-    session.sink.show(session.workspace().inspect(ref, spectrum=spectrum))
+    session.sink.show(session.workspace().inspect(ref, spectrum=spectrum, plot=plot))
 
 
 @click.command(cls=Command)

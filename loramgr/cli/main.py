@@ -24,6 +24,7 @@ COMMANDS = {
     "list": Listed("loramgr.cli.adapters:list_adapters", "List adapters, each by its newest version that matches."),
     "log": Listed("loramgr.cli.adapters:log", "Show the versions of an adapter, newest first."),
     "inspect": Listed("loramgr.cli.adapters:inspect", "Look into an adapter: ranks, norms, what it would change."),
+    "diff": Listed("loramgr.cli.comparing:diff", "Compare two adapters or two models, and show what changed most."),
     "export": Listed("loramgr.cli.adapters:export", "Write an adapter's files as they came."),
     "tag": Listed("loramgr.cli.edits:tag", "Give a version a movable name."),
     "untag": Listed("loramgr.cli.edits:untag", "Take a tag away."),
@@ -34,6 +35,10 @@ COMMANDS = {
     "remove": Listed("loramgr.cli.edits:remove", "Remove a version, or a whole adapter."),
     "prune": Listed("loramgr.cli.upkeep:prune", "Remove old versions by a rule."),
     "restore": Listed("loramgr.cli.upkeep:restore", "Bring back what remove or prune took."),
+    "compose": Listed("loramgr.cli.composing:compose", "Make one adapter of several, by the method of your choice."),
+    "recompose": Listed("loramgr.cli.composing:recompose", "Make a composed version again by its recipe and compare."),
+    "extract": Listed("loramgr.cli.extracting:extract", "Make an adapter of a full fine-tune of a base."),
+    "resize": Listed("loramgr.cli.extracting:resize", "Truncate an adapter to the best one of lower rank."),
     "merge": Listed("loramgr.cli.merging:merge", "Merge adapters into a base: a model folder ready to deploy."),
     "switch": Listed(
         "loramgr.cli.merging:switch", "Merge other adapters into a merged folder, in the place of those in it."

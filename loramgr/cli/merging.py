@@ -44,6 +44,7 @@ def _merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--in-place", is_flag=True, help="Change the base's own folder instead; it can be unmerged.")
 @click.option("--reversible", is_flag=True, help="Keep beside the weights what unmerges them without the base.")
 @click.option("--dtype", help="Dtype of the merged weights.  [default: the base's]")
+@click.option("--with-remainder", is_flag=True, help="Give the fine-tune itself that REF was extracted from, exactly.")
 @_merge_options
 @click.pass_obj
 def merge(
@@ -59,15 +60,21 @@ def merge(
 ) -> None:
     """Merge adapters into a base: a model folder ready to deploy.
 
-    With exact numerics every weight is the true sum, rounded once. WEIGHT is 1 where it is not given.
+    With exact numerics every weight is the true sum, rounded once. WEIGHT is 1 where it is not given. An adapter that
+    was extracted with --exact gives its fine-tune back with --with-remainder, proved by the digest.
     """
     from loramgr.workspace import MergeOptions
 
     if in_place is (output is not None):
         raise click.UsageError("Give -o DIR for a new folder, or --in-place.")
+    with_remainder = options.pop("with_remainder")
+    if with_remainder and output is None:
+        raise click.UsageError("--with-remainder makes a new folder: give -o DIR.")
     workspace, chosen = session.workspace(jobs), MergeOptions(**options)
     if output is None:
         session.sink.show(workspace.merge_in_place(base, adapters, chosen))
+    elif with_remainder:
+        session.sink.show(workspace.remake(base, adapters, output, chosen))
     else:
         session.sink.show(workspace.merge(base, adapters, output, chosen))
 

@@ -20,6 +20,7 @@ __all__ = [
     "name_argument",
     "pair",
     "part",
+    "plot_option",
     "ref_argument",
     "yes_option",
 ]
@@ -75,4 +76,10 @@ device_option = click.option(
     default="auto",
     metavar="auto|cpu|cuda[:N]|mps",
     help="Where to compute.  [env LORAMGR_DEVICE; default: auto]",
+)
+plot_option = click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a picture too: .png, .svg or .pdf.  [needs loramgr[plot]]",
 )

@@ -12,10 +12,14 @@ from loramgr.digests import short
 from loramgr.records import (
     BaseRecord,
     BaseReference,
+    DerivedVersion,
+    DiffReport,
     FileRecord,
     HistoryEntry,
     InspectReport,
     MergedAdapter,
+    ModuleDifference,
+    ModuleError,
     ModuleRecord,
     Usage,
     VersionRecord,
@@ -24,6 +28,7 @@ from loramgr.records import (
 __all__ = ["names", "render", "size", "table"]
 
 Cell = str | int | float | None
+_LONG = 60  # characters
 
 
 def size(count: int) -> str:
@@ -65,6 +70,8 @@ def names(record: Any) -> list[str]:
         return [f"{record.name}@v{record.version}"]
     if isinstance(record, HistoryEntry):
         return [record.digest]
+    if isinstance(record, DiffReport):
+        return [module.name for module in _by_change(record.modules) if module.status != "same"]
     for field in ("name", "output", "removed", "revision"):
         value = getattr(record, field, None)
         if value is not None:
@@ -78,6 +85,10 @@ def render(record: Any) -> list[str]:
         return _rows(record)
     if isinstance(record, InspectReport):
         return [*_fields(record, _hidden(record)), "", *_modules(record.modules)]
+    if isinstance(record, DiffReport):
+        return _difference(record)
+    if isinstance(record, DerivedVersion):
+        return [*_fields(record, _hidden(record)), *_errors(record.errors)]
     return _fields(record, _hidden(record))
 
 
@@ -158,17 +169,104 @@ _MODULE_COLUMNS: dict[str, Callable[[ModuleRecord], Cell]] = {
     "EFFECTIVE RANK": lambda module: module.effective_rank,
 }
 
+_SPECTRUM_COLUMNS: dict[str, Callable[[ModuleRecord], Cell]] = {
+    "USED": lambda module: module.rank_used,
+    "DEAD": lambda module: None if module.dead_ranks is None else len(module.dead_ranks),
+    "SHARE OF W": lambda module: module.share_of_weight,
+    "× MEDIAN": lambda module: module.norm_to_median,
+    "OUTLIER": lambda module: "!" if module.outlier else None,
+}
+
+_ERROR_COLUMNS: dict[str, Callable[[ModuleError], Cell]] = {
+    "MODULE": lambda module: module.name,
+    "RANK": lambda module: module.rank,
+    "NORM": lambda module: module.norm,
+    "RELATIVE ERROR": lambda module: module.relative_error,
+}
+
+_DIFFERENCE_COLUMNS: dict[str, Callable[[ModuleDifference], Cell]] = {
+    "MODULE": lambda module: module.name,
+    "STATUS": lambda module: module.status,
+    "KIND": lambda module: module.kind,
+    "DISTANCE": lambda module: module.distance,
+    "RELATIVE": lambda module: module.relative_distance,
+    "COSINE": lambda module: module.cosine,
+    "NORM A": lambda module: module.norm_a,
+    "NORM B": lambda module: module.norm_b,
+    "RANK A": lambda module: module.rank_a,
+    "RANK B": lambda module: module.rank_b,
+    "φ": lambda module: module.subspace_similarity,
+}
+
 
 def _modules(modules: list[ModuleRecord]) -> list[str]:
     """Return the table of an adapter's modules; spectra follow, a line each, where they were asked for."""
-    rows = [[read(module) for read in _MODULE_COLUMNS.values()] for module in modules]
-    spectra = [f"{m.name}: {' '.join(f'{value:.4g}' for value in m.spectrum)}" for m in modules if m.spectrum]
-    return [*(table(list(_MODULE_COLUMNS), rows) if rows else ()), *spectra]
+    measured = {heading: read for heading, read in _SPECTRUM_COLUMNS.items() if any(map(read, modules))}
+    columns = _MODULE_COLUMNS | measured
+    rows = [[read(module) for read in columns.values()] for module in modules]
+    spectra = [f"{m.name}: {_numbers(m.spectrum)}" for m in modules if m.spectrum]
+    return [*(table(list(columns), rows) if rows else ()), *spectra]
+
+
+def _errors(modules: Sequence[ModuleError]) -> list[str]:
+    """Return the table of how good a computed version's modules are, under an empty line; nothing without modules."""
+    rows = [[read(module) for read in _ERROR_COLUMNS.values()] for module in modules]
+    return ["", *table(list(_ERROR_COLUMNS), rows)] if rows else []
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _by_change(modules: Sequence[ModuleDifference]) -> list[ModuleDifference]:
+    """Return the modules with the largest distance first, and last those of which it is not known."""
+    return sorted(modules, key=lambda each: (each.distance is None, -(each.distance or 0.0), each.name))
+
+
+def _difference(report: DiffReport) -> list[str]:
+    """Return what differs in the configurations, the table of the modules, and one line about all of them."""
+    modules = _by_change(report.modules)
+    read = {heading: [value(module) for module in modules] for heading, value in _DIFFERENCE_COLUMNS.items()}
+    told = {heading: cells for heading, cells in read.items() if any(cell is not None for cell in cells)}
+    rows = list(zip(*told.values(), strict=True))
+    config = [f"{key}: {_setting(a)} → {_setting(b)}" for key, (a, b) in report.config.items()]
+    spectra = [line for module in modules for line in _spectra(module)]
+    picture = [] if report.plot is None else [f"plot  {report.plot}"]
+    lines = [f"A  {report.a}", f"B  {report.b}", *config, "", *table(list(told), rows), *spectra]
+    return [*lines, "", *picture, _summary(report)]
+
+
+def _setting(value: Any) -> str:
+    """Return a value of a configuration, a long one by its beginning: JSON has all of it."""
+    text = "none" if value is None else _text(value) or "empty"
+    return text if len(text) <= _LONG else f"{text[:_LONG]}…"
+
+
+def _spectra(module: ModuleDifference) -> list[str]:
+    lists = {
+        "A": module.spectrum_a,
+        "B": module.spectrum_b,
+        "A − B": module.spectrum_difference,
+        "input angles": module.input_angles,
+        "output angles": module.output_angles,
+    }
+    return [f"{module.name} {what}: {_numbers(values)}" for what, values in lists.items() if values]
+
+
+def _summary(report: DiffReport) -> str:
+    summary = report.summary
+    counts = [f"{getattr(summary, what)} {what}" for what in ("changed", "added", "removed", "same")]
+    unknown = f", {summary.unknown} of them not in the sums" if summary.unknown else ""
+    sums = (summary.distance, summary.relative_distance, summary.cosine)
+    distance, relative, cosine = (_cell(value) for value in sums)
+    return f"{', '.join(counts)}{unknown}; distance {distance}, relative to A {relative}, cosine {cosine}"
 
 
 def _hidden(record: Any) -> frozenset[str]:
     """Return the fields that a person sees elsewhere: in a table, on stderr, or in JSON only."""
-    return frozenset({"warnings", "notes", "modules"} | ({"ranks"} if isinstance(record, VersionRecord) else set()))
+    return frozenset(
+        {"warnings", "notes", "modules", "errors"} | ({"ranks"} if isinstance(record, VersionRecord) else set())
+    )
 
 
 def _fields(record: Any, hidden: frozenset[str]) -> list[str]:

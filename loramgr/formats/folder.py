@@ -10,15 +10,17 @@ from stat import S_ISREG
 from loramgr.containment import resolve_inside
 from loramgr.errors import IncompatibleError, NotFoundError, UsageError
 
-__all__ = ["CONFIGURATION", "adapter_folder", "kept_files", "weights_file"]
+__all__ = ["CONFIGURATION", "REMAINDER", "adapter_folder", "is_tokenizer_file", "kept_files", "weights_file"]
 
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts, as in PEFT
-_KEPT = (
-    "README.md", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
+REMAINDER = "loramgr_remainder.safetensors"  # beside an extracted adapter: what makes the fine-tune of a merge with it
+_KEPT = ("README.md", *_TOKENIZER, REMAINDER)
 _TRAINING_STATE = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "training_args*", "trainer_state.json")
 _MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model*.index.json")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
@@ -59,9 +61,9 @@ def weights_file(folder: Path) -> Path:
 def kept_files(path: Path, include: Sequence[str]) -> list[str]:
     """Return what a version keeps of an adapter's folder, as sorted relative paths.
 
-    Configuration, weights, README, tokenizer and chat templates, and the files that the `include` globs name; the
-    training state only where a glob names it. Raises UsageError for a glob that leaves the folder, NotFoundError for
-    one that names nothing, and IncompatibleError for a link out of the folder.
+    Configuration, weights, README, tokenizer and chat templates, the remainder of an exact extraction, and the files
+    that the `include` globs name; the training state only where a glob names it. Raises UsageError for a glob that
+    leaves the folder, NotFoundError for one that names nothing, and IncompatibleError for a link out of the folder.
     """
     folder = adapter_folder(path)
     kept = {CONFIGURATION, weights_file(folder).name}
@@ -72,6 +74,11 @@ def kept_files(path: Path, include: Sequence[str]) -> list[str]:
     for pattern in include:
         kept.update(_included(folder, pattern))
     return sorted(kept, key=str.encode)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Say whether a file, as a relative path with `/`, is one of a tokenizer or a chat template."""
+    return any(PurePosixPath(name).match(pattern) and name.count("/") == pattern.count("/") for pattern in _TOKENIZER)
 
 
 def _is_present(folder: Path, name: str) -> bool:

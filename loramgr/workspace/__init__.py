@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from loramgr.catalog.query import VersionQuery
-from loramgr.workspace.options import AddOptions, MergeOptions, Retention
+from loramgr.workspace.options import AddOptions, ComposeOptions, ExtractOptions, MergeOptions, ResizeOptions, Retention
 from loramgr.workspace.workspace import Workspace
 
-__all__ = ["AddOptions", "MergeOptions", "Retention", "VersionQuery", "Workspace"]
+__all__ = [
+    "AddOptions",
+    "ComposeOptions",
+    "ExtractOptions",
+    "MergeOptions",
+    "ResizeOptions",
+    "Retention",
+    "VersionQuery",
+    "Workspace",
+]

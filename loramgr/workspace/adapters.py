@@ -124,7 +124,7 @@ def record_version(home: Home, writer: Writer, name: str, content: Mapping[str, 
         "tags": sorted(set(options.tags)),
         "labels": dict(options.labels),
         "metrics": dict(options.metrics),
-        "recipe": None,
+        "recipe": None if options.recipe is None else dict(options.recipe),
     }
     home.record(writer, "adapter", "publish", name, {**content, **said})
     return f"{name}@v{number}"

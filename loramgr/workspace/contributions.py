@@ -14,7 +14,7 @@ from loramgr.records import VersionRecord
 from loramgr.tensorfile import TensorView
 from loramgr.workspace.sources import OpenBase
 
-__all__ = ["Contribution", "Pick", "collect", "part_ties", "whole_tensor"]
+__all__ = ["Contribution", "Pick", "collect", "part_ties", "sha256_as", "whole_tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +149,10 @@ def _without_own_table(base: OpenBase, bound: BoundUpdate) -> Update:
     known = base.tensors.get(bound.tied_source or bound.target)
     if known is None or known.shape != update.table.spec.shape:
         return update
-    return replace(update, table=None) if _sha256_as(update.table, known.dtype) == known.sha256 else update
+    return replace(update, table=None) if sha256_as(update.table, known.dtype) == known.sha256 else update
 
 
-def _sha256_as(view: TensorView, dtype: str) -> str:
+def sha256_as(view: TensorView, dtype: str) -> str:
     """Return the sha256 of a tensor's bytes in the base's dtype, in which PEFT would load it."""
     if view.spec.dtype == dtype:
         return hashlib.sha256(view.read_bytes()).hexdigest()

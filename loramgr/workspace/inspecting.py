@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loramgr.adapter import Adapter, LowRank, Replacement, Rows, Shift, Update
+from loramgr.adapter import Adapter, LowRank, Update
 from loramgr.catalog.reader import Reader
 from loramgr.digests import digest_bytes, digest_file
 from loramgr.errors import IncompatibleError, LoramgrError
@@ -18,8 +19,12 @@ from loramgr.records import BaseReference, FileRecord, InspectReport, ModuleReco
 from loramgr.references import is_path
 from loramgr.workspace.adapters import manifest, summary
 from loramgr.workspace.home import Home
+from loramgr.workspace.loading import loading_torch
 from loramgr.workspace.matching import bind_registered
+from loramgr.workspace.pairs import kind_alone, module_name
+from loramgr.workspace.plotting import Picture
 from loramgr.workspace.sources import slug
+from loramgr.workspace.spectra import Delta, measured
 
 __all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
 
@@ -66,23 +71,37 @@ def version_of_folder(home: Home, folder: Path, adapter: Adapter) -> VersionReco
     )
 
 
-def inspect_adapter(home: Home, ref: str, *, spectrum: bool) -> InspectReport:
-    """Report what an adapter's tensors say; `ref` may be a path, which needs no catalog entry."""
+def inspect_adapter(home: Home, ref: str, *, spectrum: bool, plot: Path | str | None = None) -> InspectReport:
+    """Report what an adapter's tensors say; `ref` may be a path, which needs no catalog entry.
+
+    With `spectrum` every delta is measured against the others and, where its base is at hand, against its weight;
+    `plot` is a picture file to write, None for none.
+    """
+    picture = None if plot is None else Picture(plot)
     with open_adapter(home, ref) as (version, adapter, _):
         examination = examine(adapter)
         fit = _fit(home, version, adapter, examination)
-        modules = [
-            _module(name, update, fit.kinds.get(name), spectrum=spectrum)
-            for name, update in sorted(adapter.updates.items())
-        ]
-    return InspectReport(
+        notes: list[str] = []
+        with loading_torch(), ThreadPoolExecutor(max_workers=max(1, home.jobs)) as pool:
+            items = sorted(adapter.updates.items())
+            described = [
+                pool.submit(_module, name, update, fit.kinds.get(name), spectrum=spectrum) for name, update in items
+            ]
+            modules = [each.result() for each in described]
+            if spectrum:
+                modules, notes = measured(home, version, adapter, modules)
+    report = InspectReport(
         **{field: getattr(version, field) for field in VersionRecord.__dataclass_fields__},
         modules=modules,
-        warnings=[*adapter.warnings, *_zero(examination)],
+        warnings=[*adapter.warnings, *_zero(examination), *notes],
         mergeable=fit.obstacle is None,
         reason=fit.obstacle,
         share_of_base=fit.share,
     )
+    if picture is None:
+        return report
+    picture.draw_inspection(report)
+    return replace(report, plot=str(picture.path))
 
 
 @dataclass(frozen=True)
@@ -115,45 +134,35 @@ def _fit(home: Home, version: VersionRecord, adapter: Adapter, examination: Exam
 
 def _module(name: str, update: Update, kind: str | None, *, spectrum: bool) -> ModuleRecord:
     """Describe one update; `kind` is what it is on the base, None to go by the adapter alone."""
+    kind = kind or kind_alone(name, update)
     if isinstance(update, LowRank):
-        return _low_rank_module(name.removesuffix(".weight"), update, kind, spectrum=spectrum)
-    match update:
-        case Shift():
-            kind, spec = "bias", update.vector.spec
-        case Rows():
-            kind, spec = "tokens", update.rows.spec
-        case Replacement():
-            kind, spec = "bias" if name.endswith(".bias") else "saved", update.tensor.spec
+        return _low_rank_module(module_name(name), update, kind, spectrum=spectrum)
+    spec = next(update.views()).spec
     inputs = spec.shape[1] if len(spec.shape) == 2 else None
     outputs = spec.shape[0] if spec.shape else None
-    return ModuleRecord(name.removesuffix(".weight"), kind, None, None, None, inputs, outputs, spec.dtype, None, None)
+    return ModuleRecord(module_name(name), kind, None, None, None, inputs, outputs, spec.dtype, None, None)
 
 
-def _low_rank_module(name: str, update: LowRank, kind: str | None, *, spectrum: bool) -> ModuleRecord:
-    from loramgr.algebra.spectrum import effective_rank, frobenius_norm, singular_values
+def _low_rank_module(name: str, update: LowRank, kind: str, *, spectrum: bool) -> ModuleRecord:
+    from loramgr.algebra.spectrum import effective_rank, frobenius_norm
 
-    values = singular_values(update.lora_A.load().flatten(1), update.lora_B.load().flatten(1), update.scaling)
-    finite = bool(values.isfinite().all())
+    delta = Delta.of(update)
+    told = None if delta is None or not spectrum else delta
     return ModuleRecord(
         name=name,
-        kind=kind or _kind_alone(update),
+        kind=kind,
         rank=update.rank,
         alpha=update.alpha,
         scaling=update.scaling,
         in_features=update.lora_A.spec.shape[1],
         out_features=update.lora_B.spec.shape[0],
         dtype=update.lora_A.spec.dtype,
-        delta_norm=frobenius_norm(values) if finite else None,
-        effective_rank=effective_rank(values) if finite else None,
-        spectrum=values.tolist() if spectrum and finite else None,
+        delta_norm=None if delta is None else frobenius_norm(delta.values),
+        effective_rank=None if delta is None else effective_rank(delta.values),
+        spectrum=None if told is None else told.values.tolist(),
+        rank_used=None if told is None else told.rank_used,
+        dead_ranks=None if told is None else told.dead_ranks,
     )
-
-
-def _kind_alone(update: LowRank) -> str:
-    """Return the kind of a low-rank update as far as the adapter says."""
-    if update.kind == "conv":
-        return f"conv{len(update.lora_A.spec.shape) - 2}d"
-    return "conv1d" if update.kind == "linear" and update.fan_in_fan_out else update.kind
 
 
 def _zero(examination: Examination) -> list[str]:

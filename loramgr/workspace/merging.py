@@ -30,7 +30,7 @@ from loramgr.workspace.producing import Producer
 from loramgr.workspace.sources import HUB, OpenBase, find_base
 from loramgr.workspace.writing import Stage, Written, digest_of_plan, write_model
 
-__all__ = ["Asked", "Destination", "merge", "merge_in_place", "merge_onto", "picked"]
+__all__ = ["Asked", "Destination", "merge", "merge_in_place", "merge_onto", "picked", "read_back"]
 
 _SPARE = 16 << 20  # bytes of room beyond the weights: configuration, tokenizer, index
 _RESIDUAL = 0.25  # of the bytes of the tensors that change, for what gives them back; a whole one where nothing does
@@ -101,7 +101,7 @@ def merge_onto(
             stage = Stage(folder, where.replaces, options.reversible)
             written = write_model(home, plan, producer, folders, stage, digest_of_plan(plan, options))
             if options.verify:
-                _read_back(home, folder, written.tensors)
+                read_back(home, folder, written.tensors)
             report = _finished(_report(output, plan, producer, written, device, options), note, started)
             chosen = next((pick.version.digest for pick in picks if pick.means(options.replacements_of)), None)
             kept = replace(options, dtype=plan.change.dtype, replacements_of=chosen)
@@ -143,7 +143,8 @@ def picked(home: Home, base: OpenBase, adapters: Sequence[Asked]) -> Iterator[tu
         yield picks, folders
 
 
-def _read_back(home: Home, stage: Path, tensors: dict[str, TensorDigest]) -> None:
+def read_back(home: Home, stage: Path, tensors: dict[str, TensorDigest]) -> None:
+    """Raise IntegrityError, naming a tensor, when the model in the folder has others than were written."""
     found = fingerprint(open_checkpoint(stage), home.jobs, home.progress, None)
     wrong = sorted(name for name in found.keys() | tensors.keys() if found.get(name) != tensors.get(name))
     if wrong:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["NUMERICS", "AddOptions", "MergeOptions", "Retention"]
+__all__ = ["NUMERICS", "AddOptions", "ComposeOptions", "ExtractOptions", "MergeOptions", "ResizeOptions", "Retention"]
 
 NUMERICS = ("exact", "fast")
 
@@ -16,7 +17,8 @@ class AddOptions:
 
     `name` None: the folder's, or its parent's for `checkpoint-N`; `base` None: the recorded digest's, else the one the
     configuration names; `include` are globs of further files to keep; `parents` empty: the latest version; `force`
-    imports what would be refused for NaN or infinite values or for a base that does not fit.
+    imports what would be refused for NaN or infinite values or for a base that does not fit; `recipe` is how it was
+    made of others, as JSON, None for a checkpoint that was trained.
     """
 
     name: str | None = None
@@ -28,6 +30,27 @@ class AddOptions:
     metrics: Mapping[str, float] = field(default_factory=dict)
     parents: Sequence[str] = ()
     force: bool = False
+    recipe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeOptions:
+    """How to make one adapter of several.
+
+    `method` is an entry of the table in docs/composing.md. None stands for: `rank`, the sum of the ranks, or for svd
+    the largest; `density`, the share of entries that stay, 0.5; `epsilon`, the width of DELLA's probabilities, 0.1;
+    `seed`, 0; `space`, dense; `dtype` of the factors, float32. Only what the method takes may be given. `device` is
+    auto, cpu, cuda, cuda:N or mps.
+    """
+
+    method: str = "linear"
+    rank: int | None = None
+    density: float | None = None
+    epsilon: float | None = None
+    seed: int | None = None
+    space: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +73,38 @@ class MergeOptions:
     replacements_of: str | None = None
     keep_tied: bool = False
     reversible: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """How to extract an adapter from a full fine-tune.
+
+    One of three says how good it has to be: `rank`; `energy`, the share of the squared norm of every module's
+    difference to keep; `max_error`, the largest relative error of a module. `exact` keeps what restores the fine-tune
+    bit for bit; `dtype` is that of the factors; `device` is auto, cpu, cuda, cuda:N or mps.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_error: float | None = None
+    exact: bool = False
+    dtype: str = "float32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeOptions:
+    """How to truncate an adapter; one of three is given.
+
+    `rank` is the largest of a module; `energy` the share of the squared norm of every module's delta to keep; `budget`
+    the number of parameters that the whole adapter may have. `dtype` None: every module's factors keep theirs.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    budget: int | None = None
+    dtype: str | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from loramgr.adapter import Rows
 from loramgr.errors import IncompatibleError
+from loramgr.formats.folder import REMAINDER
 from loramgr.workspace.contributions import Pick
 from loramgr.workspace.planning import MergePlan
 
 __all__ = ["carried_tokenizer"]
 
-_NOT_OF_TOKENIZER = frozenset({"README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"})
+_NOT_OF_TOKENIZER = frozenset(
+    {"README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", REMAINDER}
+)
 
 
 def carried_tokenizer(plan: MergePlan, folders: dict[str, Path]) -> dict[str, Path]:

@@ -20,6 +20,8 @@ from loramgr.records import (
     ArchiveReport,
     BaseRecord,
     BaseVerification,
+    DerivedVersion,
+    DiffReport,
     ExportReport,
     GcReport,
     HistoryEntry,
@@ -27,6 +29,7 @@ from loramgr.records import (
     MergeCheck,
     MergeReport,
     RebuildReport,
+    RecomposeReport,
     Removal,
     SchemaReport,
     StatusReport,
@@ -36,7 +39,7 @@ from loramgr.records import (
     VersionRecord,
 )
 from loramgr.workspace.home import Home, default_home
-from loramgr.workspace.options import AddOptions, MergeOptions, Retention
+from loramgr.workspace.options import AddOptions, ComposeOptions, ExtractOptions, MergeOptions, ResizeOptions, Retention
 
 if TYPE_CHECKING:
     import torch
@@ -145,17 +148,41 @@ class Workspace:
 
         return usage(self._opened, by)
 
-    def inspect(self, ref: str, *, spectrum: bool = False) -> InspectReport:
-        """Report what the tensors of a version, or of an adapter on disk, say."""
+    def inspect(self, ref: str, *, spectrum: bool = False, plot: Path | str | None = None) -> InspectReport:
+        """Report what the tensors of a version, or of an adapter on disk, say; `plot` is a picture file to write."""
         from loramgr.workspace import inspecting
 
-        return inspecting.inspect_adapter(self._opened, ref, spectrum=spectrum)
+        return inspecting.inspect_adapter(self._opened, ref, spectrum=spectrum, plot=plot)
+
+    def diff(self, a: str, b: str, *, spectrum: bool = False, plot: Path | str | None = None) -> DiffReport:
+        """Compare two adapters or two models, by reference, name or path; `plot` is a picture file to write."""
+        from loramgr.workspace import diffing
+
+        return diffing.diff(self._opened, a, b, spectrum=spectrum, plot=plot)
 
     def export(self, ref: str, output: Path | str) -> ExportReport:
         """Write the files of an adapter as they came."""
         from loramgr.workspace import adapters
 
         return adapters.export_adapter(self._opened, ref, Path(output))
+
+    def compose(
+        self,
+        adapters: Sequence[str | tuple[str, float]],
+        name: str,
+        options: ComposeOptions | None = None,
+        add: AddOptions | None = None,
+    ) -> DerivedVersion:
+        """Make a version of `name` out of several, as `REF`, `REF=WEIGHT` or (ref, weight), told as `add` says."""
+        from loramgr.workspace import composing
+
+        return composing.compose(self._opened, adapters, name, options or ComposeOptions(), add or AddOptions())
+
+    def recompose(self, ref: str, *, device: str = "auto") -> RecomposeReport:
+        """Make a composed version again from its recipe, and compare."""
+        from loramgr.workspace import recomposing
+
+        return recomposing.recompose(self._opened, ref, device)
 
     def tag(self, ref: str, tag: str, *, move: bool = False) -> VersionRecord:
         """Give a version a tag, moving it there from another version when asked to."""
@@ -231,6 +258,32 @@ class Workspace:
         known = None if base is None else live_base.asked_base(self._opened, base)
         options = live.LiveOptions(known, numerics, prove=prove, keep_tied=keep_tied)
         return live.LiveModel(self._opened, model, options)
+
+    def extract(
+        self, finetuned: str | Path, base: str, options: ExtractOptions, add: AddOptions | None = None
+    ) -> DerivedVersion:
+        """Publish an adapter of a full fine-tune and its base."""
+        from loramgr.workspace import extracting
+
+        return extracting.extract(self._opened, str(finetuned), base, options, add)
+
+    def resize(self, ref: str, options: ResizeOptions, add: AddOptions | None = None) -> DerivedVersion:
+        """Publish the best version of lower rank."""
+        from loramgr.workspace import resizing
+
+        return resizing.resize(self._opened, ref, options, add)
+
+    def remake(
+        self,
+        base: str,
+        adapters: Sequence[str | tuple[str, float]],
+        output: Path | str,
+        options: MergeOptions | None = None,
+    ) -> MergeReport:
+        """Write the fine-tune that an adapter was extracted from with `exact`, bit for bit."""
+        from loramgr.workspace import remaking
+
+        return remaking.remake(self._opened, base, adapters, Path(output), options or MergeOptions())
 
     def merge_in_place(
         self, base: str, adapters: Sequence[str | tuple[str, float]], options: MergeOptions | None = None

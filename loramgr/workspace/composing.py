@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loramgr import __version__
 from loramgr.adapter import Adapter
 from loramgr.checkpoints.families import is_vocabulary
 from loramgr.digests import parse_tensor_lines
@@ -25,12 +24,12 @@ from loramgr.workspace.combining import Account, Part, combine
 from loramgr.workspace.compose_plan import ComposePlan
 from loramgr.workspace.computing import pick_device
 from loramgr.workspace.contributions import sha256_as
-from loramgr.workspace.extracting import derived, overall, scratch_folder
+from loramgr.workspace.derived import derived, overall, scratch_folder, versions_used
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
 from loramgr.workspace.options import AddOptions, ComposeOptions
 
-__all__ = ["Asked", "Input", "compose", "opened", "versions_used", "write_composition"]
+__all__ = ["Asked", "Input", "compose", "opened", "write_composition"]
 
 Asked = str | tuple[str, float]
 _DTYPE = "F32"
@@ -244,10 +243,3 @@ def _recipe(plan: ComposePlan, parts: Sequence[Input], error: float) -> dict[str
         "relative_error": error,
         "versions": versions_used(),
     }
-
-
-def versions_used() -> dict[str, str]:
-    """Return the versions of what computes."""
-    import torch
-
-    return {"loramgr": __version__, "torch": str(torch.__version__)}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,11 @@ from loramgr.errors import IncompatibleError
 from loramgr.formats import read_adapter
 from loramgr.formats.folder import is_tokenizer_file
 from loramgr.formats.peft_writer import Origins, write_peft
-from loramgr.records import AddedVersion, DerivedVersion, ModuleError
+from loramgr.records import DerivedVersion
 from loramgr.references import check_name
-from loramgr.temporary import temporary_folder
 from loramgr.workspace.adding import add_adapter
 from loramgr.workspace.computing import pick_device
+from loramgr.workspace.derived import derived, scratch_folder, versions_used
 from loramgr.workspace.differing import Comparison, compare
 from loramgr.workspace.factoring import Factoring
 from loramgr.workspace.home import Home
@@ -30,7 +27,7 @@ from loramgr.workspace.planning import parse_dtype
 from loramgr.workspace.remainders import write_remainder
 from loramgr.workspace.sources import OpenBase, find_base, is_outside
 
-__all__ = ["derived", "extract", "overall", "scratch_folder"]
+__all__ = ["extract"]
 
 _MANY = 3
 
@@ -70,30 +67,6 @@ def extract(
         added = add_adapter(home, folder, replace(add, base=base_text, recipe=recipe))
     notes = [*([note] if note else []), *_notes(comparison, work)]
     return derived(added, "extract", work.errors, notes)
-
-
-def derived(
-    added: AddedVersion, method: str, errors: Sequence[ModuleError], notes: Sequence[str] = ()
-) -> DerivedVersion:
-    """Return the record of a version that was computed, with the errors of its modules."""
-    known = {each.name: getattr(added, each.name) for each in fields(AddedVersion)}
-    return DerivedVersion(
-        **{**known, "method": method}, relative_error=overall(errors), errors=[*errors], notes=[*notes]
-    )
-
-
-def overall(errors: Sequence[ModuleError]) -> float:
-    """Return the relative error of all modules together, 0 where there are none."""
-    norm = math.hypot(*(each.norm for each in errors))
-    return math.hypot(*(each.relative_error * each.norm for each in errors)) / norm if norm else 0.0
-
-
-@contextmanager
-def scratch_folder(home: Home) -> Iterator[Path]:
-    """Give a folder on the store's file system, where it may be written to, for the duration of the block."""
-    scratch = home.store.root / "scratch"
-    with temporary_folder(scratch if os.access(scratch, os.W_OK) else None) as folder:
-        yield folder
 
 
 def _find_finetuned(home: Home, text: str) -> OpenBase:
@@ -150,8 +123,6 @@ def _copy_tokenizer(tuned: OpenBase, folder: Path) -> None:
 
 
 def _recipe(comparison: Comparison, options: ExtractOptions, device: str) -> dict[str, Any]:
-    from loramgr import __version__
-
     goal = {name: getattr(options, name) for name in ("rank", "energy", "max_error")}
     return {
         "operation": "extract",
@@ -162,7 +133,7 @@ def _recipe(comparison: Comparison, options: ExtractOptions, device: str) -> dic
         "dtype": parse_dtype(options.dtype),
         "exact": options.exact,
         "device": device.partition(":")[0],
-        "versions": {"loramgr": __version__},
+        "versions": versions_used(),
     }
 
 

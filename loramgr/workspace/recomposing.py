@@ -16,9 +16,9 @@ from loramgr.records import RecomposeReport, VersionRecord
 from loramgr.references import is_path
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.compose_plan import ComposePlan
-from loramgr.workspace.composing import opened, versions_used, write_composition
+from loramgr.workspace.composing import opened, write_composition
 from loramgr.workspace.deltas import aligned, product_of
-from loramgr.workspace.extracting import scratch_folder
+from loramgr.workspace.derived import scratch_folder, versions_used
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
 

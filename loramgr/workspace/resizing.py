@@ -20,7 +20,7 @@ from loramgr.workspace.adapters import reference
 from loramgr.workspace.adding import add_adapter
 from loramgr.workspace.computing import pick_device
 from loramgr.workspace.deltas import product_of
-from loramgr.workspace.extracting import derived, scratch_folder
+from loramgr.workspace.derived import derived, scratch_folder, versions_used
 from loramgr.workspace.home import Home
 from loramgr.workspace.inspecting import open_adapter
 from loramgr.workspace.loading import loading_torch
@@ -215,8 +215,6 @@ def _copy_others(version: VersionRecord, folder: Path, scratch: Path) -> list[st
 
 
 def _recipe(version: VersionRecord, options: ResizeOptions) -> dict[str, Any]:
-    from loramgr import __version__
-
     said = {name: getattr(options, name) for name in ("rank", "energy", "budget")}
     return {
         "operation": "resize",
@@ -224,5 +222,5 @@ def _recipe(version: VersionRecord, options: ResizeOptions) -> dict[str, Any]:
         "inputs": [{"ref": reference(version), "digest": version.digest}],
         **{name: value for name, value in said.items() if value is not None},
         "dtype": parse_dtype(options.dtype),
-        "versions": {"loramgr": __version__},
+        "versions": versions_used(),
     }

@@ -47,6 +47,10 @@ COMMANDS = {
     "unmerge": ["unmerge", "{W}/merged", "-o", "{W}/out/base"],
     "unmerge in place": ["unmerge", "{W}/merged", "--in-place"],
     "unmerge by residual": ["unmerge", "{W}/switched", "--in-place"],
+    "merge with remainder": ["merge", "tiny", "kept", "-o", "{W}/out/model", "--with-remainder"],
+    "compose": ["compose", "x@v2", "y=0.5", "--name", "mixed", "--tag", "new"],
+    "resize": ["resize", "x@v2", "--rank", "1", "--name", "thin"],
+    "extract": ["extract", "{W}/merged", "--base", "tiny", "--name", "drawn", "--exact"],
     "add all": ["add", "{T}/several", "--base", "tiny"],
     "export": ["export", "x@v2", "{W}/out/adapter"],
     "db rebuild": ["db", "rebuild"],
@@ -103,6 +107,7 @@ def build(folder: str) -> None:
         ["remove", "gone", "--force", "--yes"],
         ["merge", "tiny", "x", "-o", f"{world}/merged"],
         ["merge", f"{world}/switched", "x@v1", "--in-place"],
+        ["extract", f"{world}/merged", "--base", "tiny", "--name", "kept", "--exact"],
         ["home", "export", f"{root}/home.tar"],
     ):
         code, out = command_line(["--home", f"{world}/home", *command])

@@ -100,7 +100,7 @@ class Journal:
                         entries = folders.setdefault(id(folder), dict(folder.names or {}))
                         entries.pop(name, None)
                         entries.update({name: node} if node is not None else {})
-        _lay_out(self.root, target, contents, folders)
+        _lay_out(self.root, target, contents, folders, {})
 
     def _safe(self, length: int) -> set[tuple[int, int]]:
         """Return the steps that were synced, each with the file or folder it was synced in."""
@@ -153,13 +153,24 @@ def _content(node: Node) -> bytearray:
     return bytearray(node.source.read_bytes() if node.source is not None else b"")
 
 
-def _lay_out(node: Node, target: Path, contents: dict[int, bytearray], folders: dict[int, dict[str, Node]]) -> None:
+def _lay_out(
+    node: Node,
+    target: Path,
+    contents: dict[int, bytearray],
+    folders: dict[int, dict[str, Node]],
+    placed: dict[int, Path],
+) -> None:
+    """Write files and folders; `placed` are the files that have a name by now: a second one becomes a link."""
     if node.names is None:
-        target.write_bytes(contents[id(node)] if id(node) in contents else _content(node))
+        if id(node) in placed:
+            target.hardlink_to(placed[id(node)])
+        else:
+            target.write_bytes(contents[id(node)] if id(node) in contents else _content(node))
+        placed[id(node)] = target
         return
     target.mkdir()
     for name, child in folders.get(id(node), node.names).items():
-        _lay_out(child, target / name, contents, folders)
+        _lay_out(child, target / name, contents, folders, placed)
 
 
 def _load(path: Path) -> Node:

@@ -24,6 +24,12 @@ def test_singular_values_are_those_of_the_delta(rows: int, columns: int, rank: i
     assert isclose(frobenius_norm(values), float((2.5 * lora_B.double() @ lora_A.double()).norm()), rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e-200, 1.0, 1e200, 1e308])
+def test_a_norm_whose_squares_leave_float64(factor: float) -> None:
+    assert isclose(frobenius_norm(torch.tensor([3.0, 4.0]).double() * (factor / 10)), factor / 2, rel_tol=1e-12)
+    assert frobenius_norm(torch.zeros(0).double()) == 0
+
+
 def test_small_singular_values_keep_their_digits() -> None:
     left, _ = torch.linalg.qr(torch.randn(50, 2, generator=torch.Generator().manual_seed(1)).double())
     values = singular_values(torch.diag(torch.tensor([1.0, 1e-9]).double()), left, 1.0)

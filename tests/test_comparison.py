@@ -185,7 +185,8 @@ def test_the_numerical_rank_leaves_rounding_out(values: list[float], rank: int) 
 
 
 @pytest.mark.parametrize(
-    ("distance", "norm", "expected"), [(3.0, 2.0, 1.5), (0.0, 0.0, 0.0), (1.0, 0.0, None), (0.0, sqrt(2), 0.0)]
+    ("distance", "norm", "expected"),
+    [(3.0, 2.0, 1.5), (0.0, 0.0, 0.0), (1.0, 0.0, None), (0.0, sqrt(2), 0.0), (1e200, 1e-200, None)],
 )
 def test_relative_distances(distance: float, norm: float, expected: float | None) -> None:
     assert relative(distance, norm) == expected

@@ -263,6 +263,13 @@ def test_recompose_gives_the_same_digest(method: str, workspace: Workspace) -> N
     assert report.recomposed_digest == report.weights_digest == made.weights_digest
 
 
+def test_a_weight_of_minus_zero_is_recomposed_as_it_was(own: Workspace) -> None:
+    own.compose([(LIC, -0.0), f"{PY}=1"], "minus")
+    own.compose([f"{LIC}=-0", (PY, 1)], "text")
+    assert own.recompose("minus").same
+    assert own.recompose("text").same
+
+
 def test_recompose_finds_inputs_that_were_renamed(own: Workspace) -> None:
     own.compose(HALVES, "both")
     own.rename(LIC, "licences")
@@ -322,6 +329,7 @@ BAD: list[tuple[list[Any], ComposeOptions, type[LoramgrError], str]] = [
     ([(LIC, 1), (LIC, -1)], ComposeOptions("magnitude_prune"), IncompatibleError, "cancel"),
     ([(LIC, 1e-60)], ComposeOptions(), IncompatibleError, "rounds to zero in F32"),
     ([(LIC, 1e60)], ComposeOptions(), IncompatibleError, "q_proj: the result is too large"),
+    ([(LIC, 1e200)], ComposeOptions(), IncompatibleError, "q_proj: the result is too large for"),
     ([LIC, "lic-r8-dora"], ComposeOptions(), IncompatibleError, "lic-r8-dora@v1 is a DoRA adapter"),
     ([("lic-r8-dora", 0.5)], ComposeOptions(), IncompatibleError, "DoRA"),
     ([("py-r8-lmhead-saved", 0.5), LIC], ComposeOptions(), IncompatibleError, "lm_head.weight is replaced .* to 0.5"),
@@ -409,6 +417,8 @@ def test_prefixes_dtypes_and_unknown_bases(shared_data: Path, tmp_path: Path) ->
     found = deltas(exported(workspace, made, tmp_path / "both"))
     assert distance(found, {name: (wanted[name] + second[name]) / 2 for name in wanted}) <= 1e-6
     assert any("other@v1 records no base" in note for note in made.notes)
+    unknown = workspace.compose(["other", ("other", 0.5)], "unknown")
+    assert not any("records no base" in note for note in unknown.notes)  # there are no others
 
 
 def test_values_that_are_no_numbers_are_refused(workspace: Workspace, tmp_path: Path) -> None:

@@ -257,6 +257,13 @@ BAD = {
         IncompatibleError,
         "another architecture",
     ),
+    "another model with a head of the same shape": (
+        lambda folder, base: save(
+            folder, {"lm_head.weight": base["lm_head.weight"], "blocks.0.mix.weight": torch.ones(3, 3)}
+        ),
+        IncompatibleError,
+        "no layer of it is one of the base's .* another architecture",
+    ),
     "NaN in a matrix": (
         lambda folder, base: save(folder, base | {f"{Q}.weight": base[f"{Q}.weight"] * math.nan}),
         IncompatibleError,

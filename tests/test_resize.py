@@ -68,6 +68,19 @@ def test_all_of_the_energy_leaves_out_what_is_not_used() -> None:
     assert rank_of_energy(torch.zeros(3, dtype=torch.float64), 1.0) == 1
 
 
+@pytest.mark.parametrize("factor", [2.0**800, 2.0**-800])
+def test_values_whose_squares_leave_float64_keep_the_same_ranks_and_error(factor: float) -> None:
+    whole = product(12, 9, 6, 3)
+    scaled = whole.scaled(factor)
+    values, more = decomposed(whole).values, decomposed(whole).values * factor
+    assert rank_of_energy(more, 0.7) == rank_of_energy(values, 0.7) > 1
+    spectra, others = ({"a": (each.tolist(), 3), "b": ((each / 2).tolist(), 2)} for each in (values, more))
+    assert ranks_within(others, 9) == ranks_within(spectra, 9)
+    made, wanted = truncated(scaled, 3, torch.float64), truncated(whole, 3, torch.float64)
+    assert math.isclose(made.norm, wanted.norm * factor, rel_tol=1e-12)
+    assert math.isclose(made.error, wanted.error * factor, rel_tol=1e-6)
+
+
 matrices = st.lists(
     st.tuples(st.lists(st.floats(0.0, 10), min_size=1, max_size=6), st.integers(1, 40)), min_size=1, max_size=5
 )

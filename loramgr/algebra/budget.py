@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 __all__ = ["Spectra", "kept_energy", "ranks_within"]
@@ -21,6 +22,7 @@ def ranks_within(spectra: Spectra, budget: int, needed: Collection[str] = ()) ->
     So that a large matrix at the end of the queue is not left out for the sake of small ones, the same is also begun
     from the largest rank that all matrices can have alike; the better of the two counts.
     """
+    spectra = _scaled(spectra)
     least = {name: int(name in needed) for name in spectra}
     greedy = _filled(spectra, dict(least), budget)
     uniform = _filled(spectra, _uniform(spectra, least, budget), budget)
@@ -30,6 +32,14 @@ def ranks_within(spectra: Spectra, budget: int, needed: Collection[str] = ()) ->
 def kept_energy(spectra: Spectra, ranks: Mapping[str, int]) -> float:
     """Return the sum of the squares of the values that are kept."""
     return sum(value**2 for name, (values, _) in spectra.items() for value in values[: ranks[name]])
+
+
+def _scaled(spectra: Spectra) -> Spectra:
+    """Return the values times one power of two, with which the largest square lies between 1/4 and 1."""
+    _, exponent = math.frexp(max((value for values, _ in spectra.values() for value in values), default=0.0))
+    return {
+        name: ([math.ldexp(value, -exponent) for value in values], cost) for name, (values, cost) in spectra.items()
+    }
 
 
 def _uniform(spectra: Spectra, least: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from loramgr.algebra.lowrank import Product, cosine
+from loramgr.algebra.spectrum import frobenius_norm
 from loramgr.errors import IncompatibleError
 
 __all__ = ["Comparison", "Distances", "Spaces", "Tally", "compared", "numerical_rank", "relative"]
@@ -104,10 +105,14 @@ class Comparison:
 
 
 def relative(distance: float, norm: float) -> float | None:
-    """Return a distance relative to the norm of what it is measured from: 0 for no distance, None from zero."""
+    """Return a distance relative to the norm of what it is measured from.
+
+    0 for no distance; None from zero, and from a norm so small that the quotient exceeds float64.
+    """
     if distance == 0:
         return 0.0
-    return distance / norm if norm else None
+    quotient = distance / norm if norm else math.inf
+    return quotient if math.isfinite(quotient) else None
 
 
 def numerical_rank(values: torch.Tensor, shape: tuple[int, int]) -> int:
@@ -167,7 +172,7 @@ class Tally:
 
     def add(self, a: torch.Tensor, b: torch.Tensor, difference: torch.Tensor) -> None:
         """Take a piece of a, of b and of a − b, float64 of one shape."""
-        self._include(_norm(a), _norm(b), _norm(difference), _inner(a, b))
+        self._include(frobenius_norm(a), frobenius_norm(b), frobenius_norm(difference), _inner(a, b))
 
     def include(self, part: Distances) -> None:
         """Take the figures of another part of a and b as a whole."""
@@ -194,7 +199,7 @@ def _cosine(product: float, norm_a: float, norm_b: float, distance: float) -> fl
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor, difference: torch.Tensor) -> Distances:
-    norm_a, norm_b, distance = _norm(a), _norm(b), _norm(difference)
+    norm_a, norm_b, distance = frobenius_norm(a), frobenius_norm(b), frobenius_norm(difference)
     if 0.0 in (norm_a, norm_b):
         return Distances(norm_a, norm_b, distance, None)
     # of the matrices with norm 1: the product of tiny ones would vanish
@@ -211,12 +216,6 @@ def _angles(first: torch.Tensor, second: torch.Tensor, overlap: torch.Tensor) ->
     cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)
     sines = torch.linalg.svdvals(second - first @ overlap).flip(0).clamp(max=1.0)
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())
-
-
-def _norm(core: torch.Tensor) -> float:
-    """Return the Frobenius norm; squares of the entries as they are could leave float64's range."""
-    peak = float(core.abs().max()) if core.numel() else 0.0
-    return peak * float((core / peak).norm()) if peak else 0.0
 
 
 def _comes_later(a: Product, b: Product) -> bool:

@@ -203,7 +203,8 @@ def _check(found: Extraction, goal: Goal, name: str) -> None:
         raise IncompatibleError(f"{name}: its difference rounds to nothing in factors of {dtype}", "--dtype float32")
     if goal.max_error is not None and relative > goal.max_error:
         raise IncompatibleError(
-            f"{name}: with factors in {dtype} the error is {relative:.3g} at any rank", "--dtype float32, or float64"
+            f"{name}: with factors in {dtype} the error is {relative:.3g} at any rank",
+            "a larger --max-error, or --dtype float64",
         )
 
 

@@ -6,9 +6,11 @@ matrices would lose half of the digits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-__all__ = ["effective_rank", "frobenius_norm", "singular_values"]
+__all__ = ["binary_scale", "effective_rank", "frobenius_norm", "singular_values"]
 
 
 def singular_values(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -23,8 +25,15 @@ def singular_values(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) 
 
 
 def frobenius_norm(values: torch.Tensor) -> float:
-    """Return the Frobenius norm of the matrix with these singular values."""
-    return float(values.norm())
+    """Return the Frobenius norm of a matrix, or of the one with these singular values, also where squares overflow."""
+    scale = binary_scale(values)
+    return scale * float((values / scale).norm())
+
+
+def binary_scale(values: torch.Tensor) -> float:
+    """Return the power of two by which the largest magnitude is at least 1 and below 2; 1 where all are zero."""
+    peak = float(values.abs().amax()) if values.numel() else 0.0
+    return math.ldexp(1.0, math.frexp(peak)[1] - 1) if peak and math.isfinite(peak) else 1.0
 
 
 def effective_rank(values: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 
 from loramgr.algebra.casting import rounded
 from loramgr.algebra.lowrank import Decomposition, Product, decomposed, shared
+from loramgr.algebra.spectrum import binary_scale, frobenius_norm
 
 __all__ = ["Truncation", "rank_of_energy", "truncated"]
 
@@ -30,7 +31,8 @@ def rank_of_energy(values: torch.Tensor, energy: float) -> int:
     if energy == 1:
         rounding = len(values) * torch.finfo(torch.float64).eps
         return max(1, int((values > values[:1] * rounding).sum()))
-    left = values.square().flip(0).cumsum(0).flip(0)  # what is lost when the first 0, 1, … values are kept
+    scaled = values / binary_scale(values)  # squares stay in the range of float64
+    left = scaled.square().flip(0).cumsum(0).flip(0)  # what is lost when the first 0, 1, … values are kept
     return max(1, int((left > (1 - energy) * left[:1]).sum()))
 
 
@@ -46,6 +48,6 @@ def truncated(product: Product, rank: int, dtype: torch.dtype, known: Decomposit
     return Truncation(
         left.cpu().contiguous(),
         right.cpu().contiguous(),
-        float(known.values.norm()),
-        float((cores[0] - cores[1]).norm()),
+        frobenius_norm(known.values),
+        frobenius_norm(cores[0] - cores[1]),
     )

@@ -34,8 +34,8 @@ def align(
 ) -> Alignment:
     """Pair the tensors of a fine-tune with those of its base; `where` names the fine-tune.
 
-    Raises IncompatibleError, naming a tensor, for a model of another architecture: no names or shapes in common, more
-    or fewer layers, or another shape of what is no vocabulary and no head.
+    Raises IncompatibleError, naming a tensor, for a model of another architecture: no names or shapes in common, no
+    layer in common where both have some, more or fewer layers, or another shape of what is no vocabulary and no head.
     """
     known = {name: name for name in base} | {
         name: group.source for group in ties for name in group.tied if name not in base
@@ -52,6 +52,8 @@ def align(
                 f"{name} is {list(finetuned[name].shape)} in {where}, and {list(base[source].shape)} in the base: "
                 "another architecture"
             )
+    if _has_layers(finetuned) and _has_layers(base) and not _has_layers(matched):
+        raise IncompatibleError(f"{where}: no layer of it is one of the base's by name and shape: another architecture")
     new = tuple(sorted(finetuned.keys() - pairs.keys()))
     missing = tuple(sorted(base.keys() - set(sources.values())))
     _check_layers(new, pairs, f"{where} has %s, a layer that the base lacks")
@@ -103,6 +105,10 @@ def _check_layers(alone: Iterable[str], paired: Iterable[str], message: str) -> 
         pattern = _unnumbered(name)
         if pattern != name and pattern in patterns:
             raise IncompatibleError(f"{message % name}: another architecture")
+
+
+def _has_layers(names: Iterable[str]) -> bool:
+    return any(_unnumbered(name) != name for name in names)
 
 
 def _unnumbered(name: str) -> str:

@@ -45,7 +45,7 @@ class Account:
 
     def take(self, name: str, stored: Stored) -> None:
         """Count one module's factors; IncompatibleError, naming it, where they do not fit the dtype."""
-        if not math.isfinite(stored.error2):
+        if not all(map(math.isfinite, (stored.norm2, stored.error2, stored.bound2))):
             raise IncompatibleError(f"{name}: the result is too large for the dtype it is stored in", "smaller weights")
         norm = math.sqrt(stored.norm2)
         relative = math.sqrt(stored.error2) / norm if norm else 0.0
@@ -59,7 +59,9 @@ class Account:
         if not self.modules:
             return
         if self.norm2 <= _NOTHING**2 * self.bound2:
-            raise IncompatibleError("the deltas cancel each other: nothing is left", "other weights, or another method")
+            raise IncompatibleError(
+                "the deltas are zero, or cancel each other: nothing is left", "other weights, or another method"
+            )
         if self.error2 >= self.norm2 * (1 - _NOTHING):
             raise IncompatibleError(
                 f"all of the result rounds to zero in {dtype}", "larger weights, or another --dtype"

@@ -76,7 +76,8 @@ def opened(home: Home, adapters: Sequence[Asked]) -> Iterator[tuple[list[Input],
     Raises UsageError for a path, which cannot be a parent, and for weights that are all zero or not finite;
     IncompatibleError for versions of different bases.
     """
-    asked = [parse_weighted(each) if isinstance(each, str) else (each[0], float(each[1])) for each in adapters]
+    told = [parse_weighted(each) if isinstance(each, str) else (each[0], float(each[1])) for each in adapters]
+    asked = [(text, weight + 0.0) for text, weight in told]  # a recipe does not keep the sign of -0.0
     if not asked:
         raise UsageError("no adapter to compose", "loramgr list")
     for text, weight in asked:
@@ -161,9 +162,9 @@ def _check_bases(parts: Sequence[Input]) -> None:
 
 
 def _unknown_bases(parts: Sequence[Input]) -> Iterator[str]:
-    for part in parts:
-        if part.version.base is None and len(parts) > 1:
-            yield f"{part.ref} records no base; it is taken for that of the others"
+    if len({part.ref for part in parts}) > 1:
+        for ref in dict.fromkeys(part.ref for part in parts if part.version.base is None):
+            yield f"{ref} records no base; it is taken for that of the others"
 
 
 def _base_digest(parts: Sequence[Input]) -> str | None:

@@ -198,8 +198,9 @@ def _unchanged(update: LowRank) -> WrittenFactors:
 
 def _norm(product: Product) -> float:
     from loramgr.algebra.lowrank import decomposed
+    from loramgr.algebra.spectrum import frobenius_norm
 
-    return float(decomposed(product).values.norm())
+    return frobenius_norm(decomposed(product).values)
 
 
 def _copy_others(version: VersionRecord, folder: Path, scratch: Path) -> list[str]:

@@ -101,7 +101,7 @@ def _stored_exact(exact: Product, rank: int, dtype: torch.dtype) -> Stored:
     kept = exact if exact.rank <= rank else decomposed(exact).truncated(rank)
     lora_A, lora_B = rounded(kept.right, dtype), rounded(kept.left, dtype)
     stored = Product.of(lora_B, lora_A, device=exact.left.device)
-    bound2 = float(exact.left.norm() * exact.right.norm()) ** 2
+    bound2 = _squared(float(exact.left.norm() * exact.right.norm()))
     norm2, error2 = _squares(exact, stored)
     return _padded(Stored(lora_A.cpu(), lora_B.cpu(), norm2, error2, bound2), rank)
 
@@ -119,7 +119,12 @@ def _squares(exact: Product, stored: Product) -> tuple[float, float]:
 
 
 def _square(matrix: torch.Tensor) -> float:
-    return float(matrix.norm()) ** 2
+    return _squared(float(matrix.norm()))
+
+
+def _squared(norm: float) -> float:
+    """Return the square, infinite where it leaves float64: a power would raise."""
+    return norm * norm
 
 
 def _padded(stored: Stored, rank: int) -> Stored:

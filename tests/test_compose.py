@@ -431,6 +431,8 @@ def test_values_that_are_no_numbers_are_refused(workspace: Workspace, tmp_path: 
     workspace.add(tmp_path / "nan", AddOptions(name="nan", force=True))
     with pytest.raises(IncompatibleError, match=name.replace(".", r"\.")):
         workspace.compose([(LIC, 0.5), ("nan", 0.5)], "both")
+    with pytest.raises(IncompatibleError, match=r"^nan@v1: NaN"):
+        workspace.compose(["nan"], "alone")
 
 
 def test_minilm_adapters_with_heads_and_biases(minilm_base: Path, shared_data: Path, tmp_path: Path) -> None:

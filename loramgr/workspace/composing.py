@@ -14,6 +14,7 @@ from loramgr.adapter import Adapter
 from loramgr.checkpoints.families import is_vocabulary
 from loramgr.digests import parse_tensor_lines
 from loramgr.errors import IncompatibleError, UsageError
+from loramgr.formats import examine
 from loramgr.formats.peft_writer import Origins, WrittenFactors, write_peft
 from loramgr.records import DerivedVersion, VersionRecord
 from loramgr.references import check_name, is_path, parse_weighted
@@ -57,6 +58,7 @@ def compose(
         told = replace(add, name=name, parents=list(dict.fromkeys(part.ref for part in parts)))
         notes = [*_unknown_bases(parts)]
         if plan.gives_back(parts):
+            _check_finite(parts[0])
             kept = [file.path for file in parts[0].version.files]
             recipe = _recipe(plan, parts, 0.0)
             base = _registered_base(home, parts)
@@ -159,6 +161,11 @@ def _check_bases(parts: Sequence[Input]) -> None:
                 f"{known[0].ref} belongs to the base {first.name or first.digest}, "
                 f"{part.ref} to {other.name or other.digest}: their deltas are of different weights"
             )
+
+
+def _check_finite(part: Input) -> None:
+    if non_finite := examine(part.adapter).non_finite:
+        raise IncompatibleError(f"{part.ref}: NaN or infinite values in {non_finite[0]}", "train it again")
 
 
 def _unknown_bases(parts: Sequence[Input]) -> Iterator[str]:

@@ -191,6 +191,14 @@ def test_a_resized_adapter_merges_as_its_deltas_say(workspace: Workspace, tmp_pa
             assert torch.equal(found[f"{module}.weight"], expected.float())
 
 
+def test_modules_that_a_budget_drops_are_targets_no_more(workspace: Workspace) -> None:
+    whole = workspace.log("tinyllama-char-lic-r8-qv")[0]
+    record = workspace.resize(whole.name, ResizeOptions(budget=whole.parameters // (8 * len(whole.ranks)) * 2), NAMED)
+    assert 0 < len(record.ranks) < len(whole.ranks)
+    assert record.target_modules == sorted(record.ranks)
+    assert not any("names the target" in warning for warning in record.warnings)
+
+
 def test_a_budget_bounds_the_whole_adapter(workspace: Workspace) -> None:
     for name in adapters(workspace):
         parameters = workspace.log(name)[0].parameters

@@ -44,6 +44,8 @@ def rewrite_peft(
         raise IncompatibleError("there is nothing to write: no module and no tensor is left")
     modules = {name.removesuffix(".weight"): made for name, made in factors.items() if made is not None}
     config = {**adapter.config, **patterned(modules)}
+    if modules and None in factors.values():  # a target without tensors would begin anew where somebody loads it
+        config["target_modules"] = sorted(modules)
     (folder / CONFIGURATION).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _write_weights(folder / WEIGHTS, pairs, kept, base_digest)
 

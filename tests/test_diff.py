@@ -367,4 +367,7 @@ def test_reports_are_json(workspace: Workspace, tmp_path: Path) -> None:
 def test_the_example_of_the_documentation_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     example = (root / "docs" / "comparing.md").read_text(encoding="utf-8").split("```python\n")[1].partition("```")[0]
-    exec(compile(example, "comparing.md", "exec"), {})
+    made: dict[str, Any] = {}
+    exec(compile(example, "comparing.md", "exec"), made)
+    assert made["found"].distances.relative_distance > 0
+    assert 0 < made["found"].inputs.similarity <= 1

@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from loramgr.cores import usable_cores
 from loramgr.tensorfile import TensorSpec, encode_header
 
 WIDTH, INNER, VOCABULARY, HEADS, KEY_HEADS = 2048, 5632, 32000, 32, 4
@@ -220,7 +221,7 @@ def main() -> int:
         with TemporaryDirectory(dir=options.folder) as name:
             met &= measure(Path(name), gigabytes, options)
     print(f"\nmedians of {options.runs}; load {os.getloadavg()[0]:.1f}; allowed memory {MEMORY_BYTES / 1e6:.0f} MB")
-    print(f"Python {platform.python_version()}, torch {version('torch')}, {platform.machine()}, {os.cpu_count()} cores")
+    print(f"Python {platform.python_version()}, torch {version('torch')}, {platform.machine()}, {usable_cores()} cores")
     return int(not met)
 
 

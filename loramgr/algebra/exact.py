@@ -1,30 +1,36 @@
 """The exact merge: every weight is the correctly rounded value of W + Σ E(W), on any device, in any tiling.
 
-Four passes, each over what the one before it left open: float32 with an error bound (16-bit results only), float64 with
-an error bound, compensated sums for ties, and rational arithmetic for single entries. The bits depend on the inputs
-alone, because what is stored is proved to be the one correct rounding.
+Four passes, each over what the one before it left open: float32 with an error bound (16-bit results only, on GPUs as a
+kernel of its own), float64 with an error bound, compensated sums for ties, and rational arithmetic for single entries.
+The bits depend on the inputs alone, because what is stored is proved to be the one correct rounding.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from math import isfinite
+from types import ModuleType
 
 import torch
 
 from loramgr.algebra.balls import Ball, root_of_squares
 from loramgr.algebra.compensated import decide, dot
 from loramgr.algebra.rounding import HALVES, certify, round_float64, screen
-from loramgr.algebra.scratch import Scratch
+from loramgr.algebra.scratch import Scratch, scratch_for
 from loramgr.algebra.stack import Stack
 from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
 from loramgr.algebra.witness import Witness
 
-__all__ = ["merge_exact"]
+__all__ = ["merge_exact", "merges_by_kernel"]
 
-TILE = 1 << 18  # elements for each thread: a float64 tile and its temporaries stay in the caches of a core
+TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in the cache, the calls are few
+_GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
+_GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
+_MANY = 32  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
 
 
 def merge_exact(
@@ -33,11 +39,13 @@ def merge_exact(
     *,
     dtype: torch.dtype | None = None,
     by_column: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return round(W + Σ E(W)), every entry correctly rounded.
 
     `weight` is (m, n) on any device with float64, any strides; the terms' tensors are moved to it. `dtype` is the
-    result's, None for W's own. `by_column`: DecomposedTerms are given for Wᵀ (their norm runs over columns).
+    result's, None for W's own. `by_column`: DecomposedTerms are given for Wᵀ (their norm runs over columns). `out`, of
+    the result's shape and dtype, contiguous and beside W, takes the result; None for new memory.
     Where W itself is NaN or infinite, so is the result; it is NaN where anything else that goes into it is not finite,
     or where a norm is zero. The caller decides what that means. An exact sum of zero is +0, but a weight of -0 to which
     exactly nothing is added keeps its sign, so that merging nothing changes nothing.
@@ -45,16 +53,38 @@ def merge_exact(
     dtype = dtype or weight.dtype
     if by_column:
         terms = [transposed(term) for term in terms]
-        return merge_exact(weight.T, terms, dtype=dtype).T.contiguous()
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        result = merge_exact(weight.T, terms, dtype=dtype).T
+        return result.contiguous() if out is None else out.copy_(result)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     if weight.numel() == 0:
         return result
     merge = _Merge(weight, [_on_device(term, weight.device) for term in terms])
-    step = max(1, TILE * torch.get_num_threads() // weight.shape[1])
+    if merges_by_kernel(weight, terms, dtype) and merge.fill_by_kernel(result):
+        return result
+    step = max(1, (TILE * torch.get_num_threads() if weight.device.type == "cpu" else _GPU_TILE) // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         merge.fill(result, slice(start, min(start + step, weight.shape[0])))
     merge.settle(result)
     return result
+
+
+def merges_by_kernel(weight: torch.Tensor, terms: Sequence[Term], dtype: torch.dtype) -> bool:
+    """Say whether the first pass over the weight is the Triton kernel's: 16-bit floats, low-rank terms, on a GPU."""
+    low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
+    if len(low_rank) != len(terms) or not sum(term.left.shape[1] for term in low_rank) or not weight.numel():
+        return False
+    kernels = screening_kernels(weight)
+    return kernels is not None and kernels.takes(weight, dtype)
+
+
+def screening_kernels(weight: torch.Tensor) -> ModuleType | None:
+    """Return the kernels of the first pass where they may run: on a GPU, or in Triton's interpreter."""
+    possible = weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not possible or find_spec("triton") is None:
+        return None
+    from loramgr.algebra.kernels import screening
+
+    return screening
 
 
 class _Merge:
@@ -71,7 +101,7 @@ class _Merge:
             if isinstance(term, DecomposedTerm)
         ]
         self._witness = Witness(weight, terms)
-        self._scratch = Scratch()
+        self._scratch = scratch_for(weight)
         self._pending: list[tuple[Ball, torch.Tensor, torch.Tensor]] = []
         self._sound: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -86,6 +116,22 @@ class _Merge:
             self._pending.append((ball.at(row, column), row + rows.start, column))
             if sum(column.numel() for _, _, column in self._pending) >= _GATHER:
                 self.settle(result)
+
+    def fill_by_kernel(self, result: torch.Tensor) -> bool:
+        """Write the whole merged weight into the result, by kernel but for what that leaves open; False for too much.
+
+        As with high ranks in float16, whose numbers lie close; the weight is then best merged in float64 as a whole.
+        """
+        kernels = screening_kernels(self._weight)
+        assert kernels is not None
+        places = kernels.screen_by_kernel(self._weight, self._stack.single(), result)
+        if places.numel() > result.numel() // _MANY:
+            return False
+        for chunk in places.split(max(1, _GATHERED // self._stack.rank)):
+            row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
+            ball = self._stack.entries(self._weight[row, column].double(), row, column)
+            self._settle(result, ball, row, column)
+        return True
 
     def settle(self, result: torch.Tensor) -> None:
         """Write the entries that the first pass left open so far into the result."""

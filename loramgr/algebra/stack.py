@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -10,10 +12,29 @@ from loramgr.algebra.balls import SLACK, Ball, U
 from loramgr.algebra.compensated import split_product
 from loramgr.algebra.terms import LowRankTerm, Term
 
-__all__ = ["Stack"]
+__all__ = ["SingleStack", "Stack"]
 
 _FLOOR = 2.0**-500
 _LARGE = 2.0**500
+_U32 = 2.0**-24  # unit roundoff of float32
+_SLACK32 = 1.0 + 2.0**-16
+_FLOOR32 = 2.0**-115
+_WITHIN = 2.0**8
+
+
+@dataclass(frozen=True, slots=True)
+class SingleStack:
+    """A stack in float32: what bounds W + left @ right computed in it is rows · columns + relative · |value| + floor.
+
+    `rows` (m,) and `columns` (n,) are float32. The bound covers that the ends value ± bound are computed in it too.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    relative: float
+    floor: float
 
 
 class Stack:
@@ -32,6 +53,7 @@ class Stack:
         self._radius = self._bound(bare) if bare.shape[1] else empty.new_zeros((rows, 1))
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._exact_factors = True
+        self._columns: torch.Tensor | None = None
 
     @classmethod
     def of(cls, terms: Sequence[Term], weight: torch.Tensor) -> Stack:
@@ -51,6 +73,11 @@ class Stack:
         radius = size * (largest + _FLOOR) * SLACK
         return torch.where(bare.abs().sum(dim=1, keepdim=True) < _LARGE, radius, torch.inf)
 
+    @property
+    def rank(self) -> int:
+        """The sum of the terms' ranks."""
+        return self._left.shape[1]
+
     def added(self, start: torch.Tensor, rows: slice) -> Ball:
         """Return start + left @ right for the given rows; the float64 tensor `start` is overwritten.
 
@@ -61,6 +88,38 @@ class Stack:
         if self._left.shape[1]:
             start.addmm_(self._left[rows], self._right)
         return Ball(start, self._radius[rows], self._relative)
+
+    def entries(self, start: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Ball:
+        """Return start + left @ right for the entries (row, column); all (k,), the bound is that of `added`."""
+        if self._columns is None:
+            self._columns = self._right.T.contiguous()
+        value = start + (self._left[row] * self._columns[column]).sum(dim=1)
+        return Ball(value, self._radius[row, 0], self._relative)
+
+    def single(self) -> SingleStack:
+        """Return the stack in float32.
+
+        The bound is that of `added` with k = R + 4 roundings of 2^-24: two to bring the factors to float32, the
+        product's, R of the sum, and those of float64 in the left factor, together less than one. S is at most the norm
+        of the row of left times that of the column of right (Cauchy, Schwarz). Computing the bound and the ends takes
+        at most eight more roundings of |value|, and a few of the bound, which the slack covers. What is lost below
+        2^-126, all of it in a GPU that flushes subnormals, is for factors below 2^8 less than 2^-118 in each factor and
+        2^-126 in each operation: 2^-115 · (R + 4) is more. Rows and columns beyond 2^8 get an infinite bound.
+        """
+        rank = self._left.shape[1]
+        roundings = (rank + 4) * _U32
+        relative = roundings / (1 - 2 * roundings) if roundings < 0.25 else inf
+        rows = self._left.norm(dim=1) * (2 * relative * _SLACK32)
+        columns = self._right.norm(dim=0)
+        within = self._left.abs().amax(dim=1) < _WITHIN
+        return SingleStack(
+            self._left.float(),
+            self._right.float().contiguous(),
+            torch.where(within, rows, inf).float(),
+            torch.where(columns < _WITHIN, columns, inf).float(),
+            relative * _SLACK32 + 8 * _U32,
+            _FLOOR32 * (rank + 4),
+        )
 
     def untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return where nothing is added for certain, because a row or column of the factors is zero; all (k,)."""

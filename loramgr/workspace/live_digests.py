@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
+
+from loramgr.cores import usable_cores
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["sha256_of", "sha256s"]
 
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, usable_cores())
 
 
 def sha256s(tensors: Iterable[torch.Tensor]) -> Iterator[str]:

@@ -112,7 +112,7 @@ def drop_shared(tensors: dict[str, MemoryTensor], yield_to_others: Iterable[str]
     for name, item in tensors.items():
         tensor = item.tensor
         if tensor.numel():
-            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
             groups.setdefault(key, []).append(name)
     left_out: dict[str, str] = {}
     for names in groups.values():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
-from loramgr.memory import large_pages
+from loramgr.memory import Memory, fresh
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 Data = bytes | bytearray | memoryview
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+FLOAT8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 MAX_HEADER = 100_000_000
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 
@@ -83,10 +84,9 @@ class FileTensor:
     path: Path
     start: int
 
-    def read_bytes(self) -> bytearray | memoryview:
-        """Return the tensor's bytes; IntegrityError when the file has become shorter."""
-        data = large_pages(self.spec.nbytes)
-        left = memoryview(data)
+    def read_bytes(self, memory: Memory = fresh) -> memoryview:
+        """Return the tensor's bytes, in the memory's slot "read"; IntegrityError when the file has become shorter."""
+        data = left = memory("read", self.spec.nbytes)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             while left:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
+from fast_bound import cases, exceeding
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -224,3 +227,38 @@ def test_the_sum_of_several_adapters_is_within_the_bound() -> None:
         size += abs(coefficient) * (term.left.double().abs() @ term.right.double().abs())
     bound = U * (2 * merged.double().abs() + (factors.rank + 2) * size)
     assert bool(((merged.double() - exact).abs() <= bound).all())
+
+
+@given(cases(fast.WEIGHT_DTYPES, (4, 5), (1, 2, 3, 8, 33)))
+def test_what_cancels_is_within_the_bound_too(drawn: tuple[torch.Tensor, Factors]) -> None:
+    weight, factors = drawn
+    assert exceeding(weight, factors, fast.merge(weight, factors)) == []
+
+
+@given(st.lists(cases((torch.float32,), (3, 4), (1, 2, 5)), min_size=2, max_size=3), st.booleans())
+def test_sums_that_cancel_are_within_the_bound_of_all_ranks(
+    drawn: list[tuple[torch.Tensor, Factors]], opposed: bool
+) -> None:
+    parts = [factors for _, factors in drawn]
+    if opposed:
+        parts.append(Factors(-parts[0].left, parts[0].right, parts[0].scaling))
+    weights = [0.7, 1.0, -0.3, 1 + 2.0**-30][: len(parts)]
+    terms = [LowRankTerm(part.left, part.right, part.scaling, w) for part, w in zip(parts, weights, strict=True)]
+    weight = sum((-term.weight * term.scaling * (term.left @ term.right) for term in terms), torch.zeros(3, 4))
+    assert isinstance(weight, torch.Tensor)
+    # What float64 loses of left factors and coefficients is less than what the bound has to spare, 2^-46 of the sum.
+    folded = [term.left.double() * (term.scaling * term.weight) for term in terms]
+    whole = _Wide(torch.cat(folded, 1), torch.cat([term.right.double() for term in terms]), 1.0)
+    assert exceeding(weight, whole, fast.merge(weight, stacked(terms))) == []  # type: ignore[arg-type]
+
+
+class _Wide(NamedTuple):
+    """Factors in float64."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]

@@ -63,11 +63,12 @@ class Stage:
         with Breaking(0, "once") as counted:
             self.act()
         self.reset()
-        yield from _spread(counted.count)
+        yield from spread(counted.count)
 
 
-def _spread(count: int) -> list[int]:
-    step = 1 if os.environ.get("LORAMGR_SOAK") else max(1, count // 11)
+def spread(count: int, some: int = 11) -> list[int]:
+    """Return about `some` numbers from 1 to `count`, both included, or in a soak all."""
+    step = 1 if os.environ.get("LORAMGR_SOAK") else max(1, count // some)
     return [*range(1, count, step), count]
 
 
@@ -148,7 +149,7 @@ def test_a_failure_while_preparing_changes_nothing(adapters: dict[str, Path]) ->
     live = loramgr.attach(model)
     with Breaking(0, "once") as counted:
         live.prepare(adapters["head"])
-    for place in _spread(counted.count):
+    for place in spread(counted.count):
         fresh = loramgr.attach(model)
         with pytest.raises(MemoryError), Breaking(place, "once"):
             fresh.merge(adapters["head"])

@@ -1,8 +1,9 @@
 """The one door to merging in place: merge, unmerge and switch tensors of any device and strides.
 
 Fast merges run as Triton kernels where these take the weight (CUDA, 16- and 32-bit floats, or the CPU with
-TRITON_INTERPRET=1), all else in plain torch; what is returned says which. In plain torch, everything is computed before
-the first byte of a weight changes. The kernels write as they go, and undo what they did when something fails.
+TRITON_INTERPRET=1), all else in plain torch, exact merges of 16-bit floats after a first pass by kernel; what is
+returned says which. In plain torch, everything is computed before the first byte of a weight changes. The kernels write
+as they go, and undo what they did when something fails.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import ModuleType
 import torch
 
 from loramgr.algebra import fast, plain
+from loramgr.algebra.exact import merges_by_kernel
 from loramgr.algebra.factors import Factors
 from loramgr.algebra.kernels.tiled import TiledResidual, tiled
 from loramgr.algebra.plain import Change, ExactTerms
@@ -141,12 +143,14 @@ def portable(residual: Kept) -> Residual:
 
 
 def _merge_plainly(weight: torch.Tensor, change: Change, residual: bool) -> Merged:
+    exact_by_kernel = isinstance(change, ExactTerms) and merges_by_kernel(weight, change.terms, weight.dtype)
+    kernel = "triton" if exact_by_kernel else "torch"
     if not residual:
         weight.copy_(plain.merged(weight, change))
-        return Merged(None, "torch")
+        return Merged(None, kernel)
     result, kept = plain.merged_with_residual(weight, change)
     weight.copy_(result)
-    return Merged(kept, "torch")
+    return Merged(kept, kernel)
 
 
 def _switch_by_kernel(
@@ -194,6 +198,8 @@ def _understood(weight: torch.Tensor, change: Change, residual: Kept, unproven: 
     if tuple(residual.shape) != tuple(weight.shape) or residual.dtype != weight.dtype:
         described = f"{residual.dtype} tensor of shape {tuple(residual.shape)}"
         raise IncompatibleError(f"the residual belongs to a {described}, not to this weight")
+    if isinstance(residual, TiledResidual) and residual.codes.device != weight.device:
+        residual = _brought(residual, weight.device)
     if isinstance(residual, Residual) and may_undo(residual.origin, plain.origin_of(change)):
         return None, residual
     kernels = _kernels(weight, change)
@@ -208,6 +214,16 @@ def _understood(weight: torch.Tensor, change: Change, residual: Kept, unproven: 
     raise IncompatibleError(
         f"the residual was made by {residual.origin}, which does not run here", "restore the base's tensor instead"
     )
+
+
+def _brought(residual: TiledResidual, device: torch.device) -> Residual:
+    """Return the residual of a weight that was moved from its GPU, where no other kind of device could undo it."""
+    if device.type != residual.codes.device.type and residual.origin.device != "any":
+        raise IncompatibleError(
+            f"the weight was moved to {device} since it was merged into on {residual.codes.device}",
+            f"move it back to {residual.codes.device}",
+        )
+    return portable(residual)
 
 
 def _tiled(residual: Kept, transposed: bool, origin: Origin) -> TiledResidual:

@@ -5,10 +5,10 @@ candidate round(M - D); sums and differences are float32. D has to have the same
 product: the bits of `addmm` change with tiles, transposition and thread count. It is a sum over the rank in ascending
 order, each product and each sum rounded on its own, which IEEE 754 fixes on every device.
 
-Error: D goes through one rounding of each product, r - 1 of the sums (the first is exact), and two of the scaling (to
-float32, and of the product by it), W + D through one, and the store through another. So with u = 2^-24, to first order
-and while no product leaves float32's normal range, |M - exact| ≤ ½ulp(M) + u·(|M| + (r + 2)·Σ|scaling · left · right|);
-for a float32 weight the rounding of W + D is the one to float32, and ½ulp(M) alone stands for both.
+Error, with u = 2^-24: |M - exact| ≤ ½ulp(M) + u·(|M| + (r + 2)·Σ|scaling · left · right|), while no product leaves
+float32's normal range; for a float32 weight ½ulp(M) alone stands for |M| too. The r + 2 are one rounding for each rank
+and two of the scaling. docs/residual.md derives it, with what it leaves out: a factor 1 + 2u of the r + 2, and half an
+ulp instead of |M| where M is 0. float8 results are rounded by `float8`, which no version of torch changes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from collections.abc import Callable
 import torch
 
 from loramgr.algebra.factors import Factors
+from loramgr.algebra.float8 import FLOAT8, round_float32
 from loramgr.algebra.residual import Origin, tile_rows
 from loramgr.errors import IncompatibleError
 
 __all__ = ["FAST", "WEIGHT_DTYPES", "check", "delta", "merge", "recover"]
 
 FAST = Origin("fast", 1, "any")
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *FLOAT8)
 
 
 def delta(factors: Factors) -> torch.Tensor:
@@ -67,5 +68,6 @@ def _by_tiles(weight: torch.Tensor, factors: Factors, combine: Callable[..., tor
     step = tile_rows(weight)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
-        result[rows] = combine(weight[rows].float(), delta(factors.rows(rows))).to(weight.dtype)
+        wide = combine(weight[rows].float(), delta(factors.rows(rows)))
+        result[rows] = round_float32(wide, weight.dtype) if weight.dtype in FLOAT8 else wide.to(weight.dtype)
     return result

@@ -5,7 +5,7 @@ A change is either `Factors`, which are merged with the fast numerics, or `Exact
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from loramgr.algebra import fast
 from loramgr.algebra.exact import merge_exact
 from loramgr.algebra.factors import Factors
+from loramgr.algebra.float8 import FLOAT8, merge_exact_float8
 from loramgr.algebra.residual import Origin, Residual, concatenate, decode, encode, tile_rows
 from loramgr.algebra.terms import LowRankTerm, Term
 from loramgr.errors import IncompatibleError
@@ -53,7 +54,7 @@ def merged(weight: torch.Tensor, change: Change) -> torch.Tensor:
     """Return the weight (m, n) with the change merged."""
     if isinstance(change, Factors):
         return fast.merge(weight, change)
-    return merge_exact(weight, change.terms, by_column=change.by_column)
+    return _exactly(weight, change.terms, by_column=change.by_column)
 
 
 def merged_with_residual(weight: torch.Tensor, change: Change) -> tuple[torch.Tensor, Residual]:
@@ -94,4 +95,9 @@ def _candidate(weight: torch.Tensor, change: Change) -> torch.Tensor:
     """Return what is nearly the base: the merged weight with the change taken out again, up to rounding."""
     if isinstance(change, Factors):
         return fast.recover(weight, change)
-    return merge_exact(weight, [replace(term, weight=-term.weight) for term in change.low_rank()])
+    return _exactly(weight, [replace(term, weight=-term.weight) for term in change.low_rank()])
+
+
+def _exactly(weight: torch.Tensor, terms: Sequence[Term], *, by_column: bool = False) -> torch.Tensor:
+    merge = merge_exact_float8 if weight.dtype in FLOAT8 else merge_exact
+    return merge(weight, terms, by_column=by_column)

@@ -19,7 +19,7 @@ from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renami
 from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, refuse_quantized
 from loramgr.checkpoints.tying import keep_tied
 from loramgr.errors import IncompatibleError
-from loramgr.tensorfile import TensorSpec
+from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec
 
 __all__ = ["Binding", "BoundUpdate", "bind"]
 
@@ -76,13 +76,15 @@ def bind(
     specs: Mapping[str, TensorSpec],
     ties: Sequence[TieGroup],
     config: Mapping[str, Any] | None,
+    *,
+    dtypes: Collection[str] = FLOAT_DTYPES,
 ) -> Binding:
     """Bind every update of the adapter to a tensor of the base and check that it fits.
 
     `specs` are the tensors of the base's file, `ties` the names that are one tensor (`families.tied_groups`),
-    `config` is config.json, None without one. Nothing is read but headers, except where a tied name has an update of
-    its own although ties are to be kept. Raises IncompatibleError, naming the tensor, for names that cannot be
-    resolved, shapes that do not fit, a quantized base, or tied names that nobody can know.
+    `config` is config.json, None without one; `dtypes` count as floats. Nothing is read but headers, except where a
+    tied name has an update of its own although ties are to be kept. Raises IncompatibleError, naming the tensor, for
+    names that cannot be resolved, shapes that do not fit, a quantized base, or tied names that nobody can know.
     """
     refuse_quantized(specs, config)
     base = _Base(specs, {name: group for group in ties for name in group.tied if name not in specs})
@@ -94,7 +96,7 @@ def bind(
         if (spec := base.spec(target)) is not None
     }
     for pair in pairs.values():
-        check_fits(pair)
+        check_fits(pair, dtypes)
     layouts = Layouts.read(pairs.values(), config)
     bound = [
         _bind_existing(name, pairs[name], layouts, base)

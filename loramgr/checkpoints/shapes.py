@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,10 +80,13 @@ def refuse_quantized(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] 
             raise IncompatibleError(f"the base is quantized: it has {name}", hint)
 
 
-def check_fits(pair: Pair) -> None:
-    """Raise IncompatibleError, naming the tensor and both shapes, unless the update can be applied to the tensor."""
+def check_fits(pair: Pair, dtypes: Collection[str] = FLOAT_DTYPES) -> None:
+    """Raise IncompatibleError, naming the tensor and both shapes, unless the update can be applied to the tensor.
+
+    `dtypes` are those that count as floats; files keep the scales of float8 weights elsewhere.
+    """
     update, spec = pair.update, pair.spec
-    if spec.dtype not in FLOAT_DTYPES:
+    if spec.dtype not in dtypes:
         raise IncompatibleError(
             f"{spec.name}: the base stores it as {spec.dtype}, a quantized or integer type",
             "merge into the unquantized model that it was made from",

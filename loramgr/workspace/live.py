@@ -15,6 +15,7 @@ from loramgr.records import LiveReport, MergeCheck, MergedAdapter
 from loramgr.workspace.home import Home
 from loramgr.workspace.live_base import KnownBase
 from loramgr.workspace.live_layout import Layout, named_tensors, read_layout
+from loramgr.workspace.live_peft import refuse_active, refuse_changed_base, refuse_merged
 from loramgr.workspace.live_plan import Asked, Request, plan_live
 from loramgr.workspace.live_state import Composition, LiveState
 from loramgr.workspace.options import NUMERICS
@@ -103,6 +104,7 @@ class LiveModel:
         merge on disk does, and IncompatibleError for what cannot be done in place or for a model that is not the base.
         """
         with self._working():
+            self._check_peft(force=force)
             layout = self._layout()
             options = self._options
             digests = self._state.digest_function(layout)
@@ -114,22 +116,25 @@ class LiveModel:
     def merge(self, *refs: Asked | Composition, force: bool = False, replacements_of: str | None = None) -> LiveReport:
         """Merge adapters into the base's weights; see `prepare` for the references and errors.
 
-        Raises ConflictError when something is merged already.
+        Raises ConflictError when something is merged already, and when PEFT's own adapters are merged or active: then
+        the model would be the sum of both.
         """
         with self._working():
             if self._settled().adapters:
                 raise ConflictError(
                     f"{_named(self.merged)} is merged already", "switch() to others, or unmerge() first"
                 )
+            refuse_active(self._model)
             return self._go(self._composed(refs, force, replacements_of))
 
     def switch(self, *refs: Asked | Composition, force: bool = False, replacements_of: str | None = None) -> LiveReport:
         """Put adapters in the place of those that are merged, in one pass over the weights; see `prepare`.
 
-        The result is the bits of merging them into the base.
+        The result is the bits of merging them into the base. Raises ConflictError as `merge` for PEFT's own adapters.
         """
         with self._working():
             self._settled()
+            refuse_active(self._model)
             return self._go(self._composed(refs, force, replacements_of))
 
     def unmerge(self) -> LiveReport:
@@ -139,6 +144,7 @@ class LiveModel:
         wrote to it; then nothing is changed.
         """
         with self._working():
+            refuse_merged(self._model, self._state.names)
             wrong = self._state.unprovable() if self._options.prove else []
             if wrong:
                 raise IntegrityError(
@@ -203,6 +209,7 @@ class LiveModel:
         if not ready:
             asked = [each for each in refs if not isinstance(each, Composition)]
             return self.prepare(*asked, force=force, replacements_of=replacements_of)
+        self._check_peft(force=True)
         if len(refs) > 1 or ready[0].owner is not self._state:
             raise UsageError("what was prepared is for one model, and stands alone", "prepare(first, second, …)")
         return ready[0]
@@ -213,6 +220,12 @@ class LiveModel:
             return
         with self._working():
             self._go(before)
+
+    def _check_peft(self, *, force: bool) -> None:
+        """Raise LoramgrError where PEFT has changed the weights that are to be merged into."""
+        refuse_merged(self._model)
+        if not force:
+            refuse_changed_base(self._model)
 
     def _go(self, wanted: Composition) -> LiveReport:
         started = time.monotonic()

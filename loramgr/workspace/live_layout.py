@@ -11,13 +11,12 @@ from loramgr.errors import IncompatibleError, UsageError
 from loramgr.pickles import MemoryTensor, drop_shared
 from loramgr.tensorfile import TensorSpec
 from loramgr.workspace.live_memory import extent, is_plain, overlaps
+from loramgr.workspace.live_peft import base_name, refuse_wrapped_names, wrapped
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Layout", "named_tensors", "read_layout"]
-
-_COMPILED = "_orig_mod."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +55,17 @@ class Layout:
 def named_tensors(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a model's parameters and buffers, or a dictionary's tensors, by all their names.
 
-    The component that torch.compile puts into names is left out. Raises UsageError for anything else.
+    The components that torch.compile and PEFT put into names are left out, and so are the tensors of PEFT's own.
+    Raises UsageError for anything else.
     """
     import torch
 
     if isinstance(model, torch.nn.Module):
         found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         found.update(model.named_buffers(remove_duplicate=False))
-        return {name.replace(_COMPILED, ""): tensor for name, tensor in found.items()}
+        wrappers = wrapped(model)
+        own = ((base_name(name, wrappers), tensor) for name, tensor in found.items())
+        return {name: tensor for name, tensor in own if name is not None}
     if isinstance(model, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
         return dict(model)
     raise UsageError(f"a {type(model).__name__} is neither a module nor a dictionary of tensors")
@@ -76,8 +78,11 @@ def read_layout(
 
     Which names are one tensor is what storage says. Of names that a dictionary leaves out, its configuration tells;
     without one, ties that may exist are `TieGroup`s that are not known, unless tied names are to change together.
+    Raises IncompatibleError for a dictionary of a model that PEFT wrapped, since it cannot say what PEFT has merged.
     """
     named = named_tensors(model)
+    if isinstance(model, Mapping):
+        refuse_wrapped_names(named)
     specs = {name: _spec(name, tensor) for name, tensor in named.items()}
     aliases = _aliases(named, specs)
     own = {name: tensor for name, tensor in named.items() if name not in aliases}

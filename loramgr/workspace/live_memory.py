@@ -26,8 +26,12 @@ def extent(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """The bytes from a tensor's first to its last one; not all of them need be its own."""
+    """The bytes from a tensor's first to its last one; not all of them need be its own.
 
+    Addresses of one device say nothing about those of another.
+    """
+
+    device: str
     start: int
     end: int
     name: str
@@ -38,8 +42,8 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return for the tensors that have a byte in common with another one the name of such another."""
     found: dict[str, str] = {}
     active: list[_Region] = []
-    for region in sorted(_regions(tensors), key=lambda region: region.start):
-        active = [other for other in active if other.end > region.start]
+    for region in sorted(_regions(tensors), key=lambda region: (region.device, region.start)):
+        active = [other for other in active if other.device == region.device and other.end > region.start]
         for other in active:
             if _overlap(other, region):
                 found.setdefault(region.name, other.name)
@@ -50,7 +54,7 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def _regions(tensors: Mapping[str, torch.Tensor]) -> list[_Region]:
     return [
-        _Region(start, start + extent(tensor) * tensor.element_size(), name, tensor)
+        _Region(str(tensor.device), start, start + extent(tensor) * tensor.element_size(), name, tensor)
         for name, tensor in tensors.items()
         if is_plain(tensor) and tensor.device.type != "meta" and tensor.numel()
         for start in [tensor.data_ptr()]

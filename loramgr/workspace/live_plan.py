@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramgr.adapter import LowRank, Update
+from loramgr.adapter import LowRank, Replacement, Update
 from loramgr.algebra import fast
 from loramgr.algebra.engine import Change, ExactTerms
 from loramgr.algebra.factors import stacked
@@ -23,6 +23,7 @@ from loramgr.errors import IncompatibleError, UsageError
 from loramgr.pickles import MemoryTensor
 from loramgr.records import MergedAdapter
 from loramgr.references import is_path, parse_weighted
+from loramgr.tensorfile import FLOAT8_DTYPES, FLOAT_DTYPES
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.contributions import Contribution, Pick, whole_tensor
 from loramgr.workspace.home import Home
@@ -112,7 +113,7 @@ def _pick(stack: ExitStack, home: Home, layout: Layout, asked: Asked) -> Pick:
     version, adapter, _ = stack.enter_context(open_adapter(home, text))
     # The model has all of its names, whatever task an adapter was trained for: none of a tie is out of use.
     adapter = replace(adapter, task_type=None)
-    binding = bind(adapter, layout.specs, layout.ties, layout.config)
+    binding = bind(adapter, layout.specs, layout.ties, layout.config, dtypes=FLOAT_DTYPES | FLOAT8_DTYPES)
     return Pick(text, text if is_path(text) else reference(version), version, adapter, weight, binding)
 
 
@@ -210,12 +211,25 @@ def _content(target: Target, layout: Layout, request: Request, *, fresh: bool) -
     terms = [_term(item) for item in target.contributions if _is_sum(item.update)]
     if not viewable or len(terms) < len(target.contributions):
         kept = tuple(_in_memory(item) for item in target.contributions)
+        _check_float8(target)
         return Rewrite(target.spec, kept, request.numerics, fresh, request.force)
     reach = sum(map(_reach, terms))
     if not (math.isfinite(reach) or request.force):
         refs = ", ".join(item.pick.ref for item in target.contributions)
         raise IncompatibleError(f"{name}: the update is not finite (with {refs})", "force=True to merge it")
     return Sum(_change(name, tensor, terms, request.numerics), reach, request.force)
+
+
+def _check_float8(target: Target) -> None:
+    """Raise IncompatibleError for a float8 weight, unless a whole tensor takes its place."""
+    first, *more = target.contributions
+    whole = not more and first.weight == 1 and isinstance(first.update, Replacement)
+    if target.spec.dtype in FLOAT8_DTYPES and not whole:
+        raise IncompatibleError(
+            f"{target.spec.name} is {target.spec.dtype}, and float8 weights take low-rank sums and whole tensors only "
+            f"(with {', '.join(item.pick.ref for item in target.contributions)})",
+            "load the model in bfloat16",
+        )
 
 
 def _is_sum(update: Update) -> bool:

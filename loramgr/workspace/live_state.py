@@ -49,6 +49,11 @@ class LiveState:
         return len(self._tensors)
 
     @property
+    def names(self) -> list[str]:
+        """The tensors that something is merged into now."""
+        return [each.name for each in self._tensors.values() if each.content is not None]
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of memory that undoing everything takes."""
         return sum(each.kept_bytes for each in self._tensors.values())

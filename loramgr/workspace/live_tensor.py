@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from loramgr.algebra import engine
 from loramgr.algebra.engine import Change, Kept, Merged
+from loramgr.algebra.finite import all_finite
+from loramgr.algebra.float8 import FLOAT8, largest
 from loramgr.algebra.residual import BITS
 from loramgr.errors import IncompatibleError, LoramgrError
 from loramgr.tensorfile import TensorSpec
@@ -64,6 +66,7 @@ class LiveTensor:
         self.merged: Merged | None = None
         self._largest = _largest(tensor)
         self._original: torch.Tensor | None = None
+        self._unsure = False  # whether a change failed on its way, so that the bytes may not be all of what is merged
 
     @property
     def kept_bytes(self) -> int:
@@ -74,16 +77,22 @@ class LiveTensor:
     def become(self, content: Content | None) -> str:
         """Change what is merged into the tensor, None for nothing, and return which kernel ran.
 
-        What undoes a change is on record before anything else can fail. A Sum is complete after `settle`. Raises
-        IncompatibleError for a Rewrite that is not finite.
+        What undoes a change is on record before anything else can fail. After a change that failed, the way to any
+        content leads over the base, since a switch may have begun to take the old content out. A Sum is complete after
+        `settle`. Raises IncompatibleError for a Rewrite that is not finite.
         """
-        if content is self.content:
+        if content is self.content and not (self._unsure and content is not None):
             return "torch"
+        again, self._unsure = self._unsure, True
         try:
-            return self._become(content)
+            if again:
+                self._restore()
+            kernel = self._become(content)
         except LoramgrError as error:
             hint = "force=True to merge it as it is" if isinstance(content, Rewrite) else error.hint
             raise type(error)(f"{self.name}: {error.message.removeprefix(f'{self.name}: ')}", hint) from error
+        self._unsure = False
+        return kernel
 
     def check_finite(self) -> None:
         """Raise IncompatibleError when what is merged made NaN or infinities of the weights."""
@@ -93,7 +102,9 @@ class LiveTensor:
             return
         if self._largest + self.content.reach <= torch.finfo(self.tensor.dtype).max / 2:
             return
-        if not torch.isfinite(torch.stack(torch.aminmax(self.tensor.detach()))).all():
+        tensor = self.tensor.detach()
+        finite = all_finite(tensor) if tensor.dtype in FLOAT8 else torch.stack(torch.aminmax(tensor)).isfinite().all()
+        if not finite:
             raise IncompatibleError(
                 f"{self.name}: merged weights are NaN or infinite in {self.tensor.dtype}",
                 "force=True to merge it as it is",
@@ -172,8 +183,12 @@ def _residual(merged: Merged | None) -> Kept:
 
 
 def _rewritten(content: Rewrite, original: torch.Tensor) -> torch.Tensor:
-    merger = Merger(pick_device(str(original.device))[0], content.force, content.numerics)
-    return merger.merge(content.spec, None if content.fresh else original.cpu(), content.contributions).tensor
+    float8 = original.dtype in FLOAT8
+    merger = Merger(pick_device(str(original.device))[0], content.force or float8, content.numerics)
+    made = merger.merge(content.spec, None if content.fresh else original.cpu(), content.contributions).tensor
+    if float8 and not (content.force or all_finite(made)):
+        raise IncompatibleError(f"{content.spec.name}: merged weights are NaN or infinite in {made.dtype}")
+    return made
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,4 +211,6 @@ def _largest(tensor: torch.Tensor) -> float:
 
     if not tensor.numel():
         return 0.0
+    if tensor.dtype in FLOAT8:
+        return largest(tensor.detach())
     return float(torch.stack(torch.aminmax(tensor.detach())).abs().max())

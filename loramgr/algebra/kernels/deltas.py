@@ -24,7 +24,7 @@ def _pieces(x):
 def _product(left, right, INTERPRETED: tl.constexpr):
     """Return left @ right in float32, float32 operands without loss to tf32 or bfloat16.
 
-    Of the nine products of pieces the three smallest, each below 2^-26 of the whole, are left out; the sums begin with
+    Of the nine products of pieces the three smallest, each below 2^-25 of the whole, are left out; the sums begin with
     the small ones.
     """
     total = tl.zeros((left.shape[0], right.shape[1]), tl.float32)
@@ -74,6 +74,16 @@ def _step(
 
 
 @triton.jit
+def _outer(
+    left, right, left_row, right_column, rows, columns, m, n,
+):  # fmt: skip
+    """Return the products of a column and a row, each rounded once: tensor cores would lose more than the bound has."""
+    factor = tl.load(left + rows * left_row, mask=rows < m, other=0.0).to(tl.float32)
+    other = tl.load(right + columns * right_column, mask=columns < n, other=0.0).to(tl.float32)
+    return factor[:, None] * other[None, :]
+
+
+@triton.jit
 def tile_delta(
     left, right, scaling, rank, left_row, left_rank, right_rank, right_column, rows, columns, m, n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SINGLE: tl.constexpr,
@@ -83,7 +93,9 @@ def tile_delta(
 
     Tensor cores truncate when they accumulate, so the sums of BLOCK_R ranks are added up outside of them.
     """
-    if SINGLE:
+    if BLOCK_R == 1:
+        delta = scaling * _outer(left, right, left_row, right_column, rows, columns, m, n)
+    elif SINGLE:
         delta = scaling * _step(
             left, right, 0, rank, left_row, left_rank, right_rank, right_column, rows, columns, m, n,
             BLOCK_R, INTERPRETED,

@@ -16,9 +16,9 @@ from loramgr.algebra.kernels.passes import restore_tiles, tile_pass
 from loramgr.algebra.kernels.tiled import BLOCK, CAPACITY, TiledResidual
 from loramgr.algebra.residual import BITS, Origin
 
-__all__ = ["is_transposed", "merged", "origin_of", "replaced", "runs_on", "settle", "unmerged"]
+__all__ = ["device_of", "is_transposed", "merged", "origin_of", "replaced", "runs_on", "settle", "unmerged"]
 
-VERSION = 1  # goes up whenever the bits of a delta change, as they do with the steps of the rank
+VERSION = 2  # goes up whenever the bits of a delta change, as they do with the steps of the rank
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 WARPS = 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,7 +113,7 @@ def _prepare(weight: torch.Tensor, residual: TiledResidual) -> None:
         residual.pending = None
     if residual.whole_tiles.numel():
         bits = _oriented(weight, residual.transposed)
-        with _on(weight):
+        with device_of(weight):
             restore_tiles[(residual.whole_tiles.numel(),)](
                 bits, *bits.shape, *bits.stride(), residual.whole_tiles, residual.whole, BLOCK_M=BLOCK, BLOCK_N=BLOCK
             )
@@ -129,13 +129,15 @@ def _mark_overflowing(residual: TiledResidual) -> None:
 
 
 def _keep_whole(residual: TiledResidual) -> None:
+    """Merge the tiles that overflow and keep them whole; what fails after the kernel has run leaves that on record."""
     assert residual.pending is not None
     weight, factors = residual.pending
-    tiles = (residual.counts > CAPACITY).nonzero()[:, 0].int()
-    whole = residual.whole.new_empty((tiles.numel(), BLOCK * BLOCK))
-    _pass(weight, None, factors, residual, transposed=residual.transposed, whole=(tiles, whole))
-    residual.counts[tiles.long()] = 0
-    residual.whole_tiles, residual.whole = tiles, whole
+    if not residual.whole_tiles.numel():
+        tiles = (residual.counts > CAPACITY).nonzero()[:, 0].int()
+        whole = residual.whole.new_empty((tiles.numel(), BLOCK * BLOCK))
+        _pass(weight, None, factors, residual, transposed=residual.transposed, whole=(tiles, whole))
+        residual.whole_tiles, residual.whole = tiles, whole
+    residual.counts[residual.whole_tiles.long()] = 0
 
 
 def _pass(
@@ -155,7 +157,7 @@ def _pass(
     tiles = -(-rows // BLOCK) * -(-columns // BLOCK)
     if whole is not None:
         tiles, given = whole[0].numel(), (given[0], whole[1], whole[0])
-    with _on(weight):
+    with device_of(weight):
         tile_pass[(tiles,)](
             bits, rows, columns, *bits.stride(),
             *_arguments(bits, None if old is None else old[0], transposed), *_arguments(bits, new, transposed),
@@ -182,10 +184,11 @@ def _arguments(bits: torch.Tensor, factors: Factors | None, transposed: bool) ->
 def _step(factors: Factors | None) -> int:
     """Return how many ranks the tensor cores add at once, which is part of what fixes the bits of a delta.
 
-    Measured: float32 factors, which take six products, are faster in larger steps, 16-bit ones in smaller.
+    A single rank is multiplied outside of them. Measured: float32 factors, which take six products, are faster in
+    larger steps, 16-bit ones in smaller.
     """
     if factors is None or factors.rank <= 16:
-        return 16
+        return 1 if factors is not None and factors.rank == 1 else 16
     single = torch.float32 in (factors.left.dtype, factors.right.dtype)
     return 64 if single and factors.rank > 32 else 32
 
@@ -206,5 +209,6 @@ def _oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     return bits.T if transposed else bits
 
 
-def _on(weight: torch.Tensor) -> AbstractContextManager[Any]:
+def device_of(weight: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the weight's GPU the current one for the block, so that kernels are launched there."""
     return torch.cuda.device(weight.device) if weight.is_cuda else nullcontext()

@@ -19,6 +19,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from crash_stage import Stage
+    from fake_hub import FakeHub
+    from object_servers import ObjectServers
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several processes share the cores
@@ -76,6 +78,25 @@ def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def root() -> Path:
     """Return the project's root."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def object_servers() -> Iterator[ObjectServers]:
+    """Return the object stores on 127.0.0.1, each started when a test first asks for it."""
+    from object_servers import ObjectServers
+
+    with ObjectServers() as servers:
+        yield servers
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the pauses short after which requests to object stores are made again."""
+    from loramgr.remotes import cloud_client, retrying
+
+    for module in (retrying, cloud_client):
+        monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -149,3 +170,16 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Stage]]:
     for stage in stages:
         stage.server.close()
     shutil.rmtree(stages[0].template.parent)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Start a hub that this process takes for the one to ask, with the token of its owner."""
+    import huggingface_hub.constants
+    from fake_hub import FakeHub, serve_hub
+
+    with serve_hub(FakeHub()) as served:
+        monkeypatch.setenv("HF_TOKEN", served.token)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
+        yield served

@@ -29,6 +29,8 @@ HEAVY = {
     "sqlalchemy": {"catalog"},
     "alembic": {"catalog"},
     "huggingface_hub": {"checkpoints", "workspace", "remotes"},
+    "obstore": {"remotes"},
+    "boto3": {"remotes"},
     "click": {"cli"},
     "matplotlib": {"workspace"},
 }
@@ -110,7 +112,7 @@ def test_a_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> No
     assert len(violations(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("package", ["torch", "alembic", "huggingface_hub", "matplotlib"])
+@pytest.mark.parametrize("package", ["torch", "alembic", "huggingface_hub", "matplotlib", "obstore", "boto3"])
 def test_heavy_packages_are_imported_where_they_are_used(root: Path, package: str) -> None:
     # What these do is torch through and through; others import them inside functions.
     computing = {"algebra", "tensors.py"} if package == "torch" else set()

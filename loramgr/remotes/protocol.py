@@ -6,13 +6,13 @@ Neither is believed: whoever reads from one hashes what arrives, before it gets 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from loramgr.log import Entry
+from loramgr.log import Entry, set_aside
 from loramgr.records import FileRecord
 
 __all__ = [
@@ -141,8 +141,8 @@ class Remote(Protocol):
     def logs(self, known: KnownEntry) -> Iterator[RemoteLog]:
         """Yield all logs, with fewer requests than one by one."""
 
-    def missing(self, name: str, digests: Collection[str]) -> set[str]:
-        """Return which blobs a push of that adapter has to bring; the others are there in full length."""
+    def missing(self, name: str, sizes: Mapping[str, int]) -> set[str]:
+        """Return which of these blobs, given with their bytes, a push of that adapter has to bring."""
 
     def put_blob(self, name: str, file: FileRecord, source: Path) -> None:
         """Bring a blob, streamed; nothing refers to it before `append`. Several threads may bring some at once."""
@@ -175,7 +175,9 @@ class Remote(Protocol):
 
 
 def ends(entries: Iterable[Entry]) -> tuple[str, ...]:
-    """Return the digests of the entries that none of the others follows, sorted."""
+    """Return the digests of the entries where branches end, sorted; one that was replaced is no branch."""
     known = list(entries)
-    followed = {entry.predecessor for entry in known}
-    return tuple(sorted(entry.digest for entry in known if entry.digest not in followed))
+    aside = set_aside(known)
+    counting = [entry for entry in known if entry.digest not in aside]
+    followed = {entry.predecessor for entry in counting}
+    return tuple(sorted(entry.digest for entry in counting if entry.digest not in followed))

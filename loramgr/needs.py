@@ -5,7 +5,7 @@ Told from the log entries alone, without the rows of the catalog, which may be d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from loramgr.errors import IntegrityError
 from loramgr.log import Entry
 
-__all__ = ["Needs", "mentioned", "needs_of"]
+__all__ = ["Needs", "live", "mentioned", "needs_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,17 @@ class Needs:
         self.blobs.setdefault(digest, None)
 
 
-def needs_of(logs: Iterable[Sequence[Entry]]) -> Needs:
+def needs_of(logs: Iterable[Sequence[Entry]], elsewhere: Container[str] = ()) -> Needs:
     """Return what the logs need, each given from its first entry to its last.
 
-    Raises IntegrityError, naming the entry, for one that lacks what an entry of its kind has.
+    `elsewhere` are the digests of versions that need not be here. Raises IntegrityError, naming the entry, for one that
+    lacks what an entry of its kind has.
     """
     needs = Needs()
     for log in logs:
-        for entry in _live(log):
-            _add(needs, entry)
+        for entry in live(log):
+            if entry.content.get("version") not in elsewhere:
+                _add(needs, entry)
     return needs
 
 
@@ -64,8 +66,11 @@ def mentioned(entries: Iterable[Entry]) -> Needs:
     return needs
 
 
-def _live(log: Sequence[Entry]) -> list[Entry]:
-    """Return the entries that published the versions which are not removed, or that added the base as it is."""
+def live(log: Sequence[Entry]) -> list[Entry]:
+    """Return the entries that published the versions which are not removed, or that added the base as it is.
+
+    Errors as in `needs_of`.
+    """
     made: dict[int, Entry] = {}
     live: set[int] = set()
     for entry in log:
@@ -75,7 +80,7 @@ def _live(log: Sequence[Entry]) -> list[Entry]:
                 made[number] = entry
                 live.add(number)
             elif entry.kind == "remove":
-                whole = entry.content.get("whole", True)  # a base goes as a whole
+                whole = entry.content.get("whole", True)  # a base or a remote goes as a whole
                 live -= live if whole else set(entry.content["numbers"])
             elif entry.kind == "restore":
                 live.update(entry.content["numbers"])
@@ -88,7 +93,7 @@ def _add(needs: Needs, entry: Entry) -> None:
         content = entry.content
         if entry.log == "base":
             needs.add_base(content["digest"])
-        else:
+        elif entry.log == "adapter":
             summary = content["summary"]
             needs.add_version(content["version"], summary["method"], summary["base"], summary["files"])
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from loramgr.catalog.needs import Needs, mentioned, needs_of
 from loramgr.errors import IntegrityError
 from loramgr.log import Entry, LogKind
+from loramgr.needs import Needs, mentioned, needs_of
 
 FILE = {"path": "f", "digest": "sha256:f", "bytes": 3}
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loramgr.errors import LoramgrError
+from loramgr.exchanges import RemoteRecord, RemoteStatus, RemoteVerification, RemoteVersionRecord, TransferReport
 from loramgr.figures import DiffReport, DiffSummary, ModuleDifference, ModuleError, ModuleRecord
 
 __all__ = [
@@ -35,11 +36,16 @@ __all__ = [
     "ModuleRecord",
     "RebuildReport",
     "RecomposeReport",
+    "RemoteRecord",
+    "RemoteStatus",
+    "RemoteVerification",
+    "RemoteVersionRecord",
     "Removal",
     "SchemaReport",
     "StatusReport",
     "StoreVerification",
     "TensorChange",
+    "TransferReport",
     "UnmergeReport",
     "Usage",
     "VersionRecord",

@@ -53,12 +53,19 @@ COMMANDS = {
     "extract": ["extract", "{W}/merged", "--base", "tiny", "--name", "drawn", "--exact"],
     "add all": ["add", "{T}/several", "--base", "tiny"],
     "export": ["export", "x@v2", "{W}/out/adapter"],
+    "push": ["push", "x", "--to", "{W}/remote"],
+    "push rebased": ["push", "split", "--rebase", "--to", "{W}/remote"],
+    "pull": ["--home", "{W}/new", "pull", "--all", "--from", "{W}/remote"],
+    "pull a part": ["--home", "{W}/new", "pull", "split@v1", "--from", "{W}/remote"],
+    "pull the rest": ["--home", "{W}/partly", "pull", "split", "--from", "{W}/remote"],
+    "clone": ["--home", "{W}/new", "clone", "{W}/remote"],
     "db rebuild": ["db", "rebuild"],
     "db upgrade": ["db", "upgrade"],
 }
 OUTPUTS = ("out", "merged", "model", "switched")
 DAMAGED = ("verify repair",)
-NEW_HOME = ("first use", "home import")
+NEW_HOME = ("first use", "home import", "pull", "pull a part", "clone")
+PARTLY = ("pull a part", "pull the rest")
 STAGING = ("loramgr-partial", "loramgr-lock", "loramgr-replaced")
 TEMPORARY = (".store-", ".catalog-", "/scratch/")
 _RECORD = "loramgr-merge.json"
@@ -74,6 +81,8 @@ def argv(command: str, template: Path | str, world: Path | str) -> list[str]:
 
 def home_of(command: str) -> str:
     """Return the name, in the world, of the home that a command works on."""
+    if command == "pull the rest":
+        return "partly"
     return "new" if command in NEW_HOME else "worn" if command in DAMAGED else "home"
 
 
@@ -112,8 +121,28 @@ def build(folder: str) -> None:
     ):
         code, out = command_line(["--home", f"{world}/home", *command])
         assert code == 0, (command, out)
+    _share(root, world)
     _drop_empty_folders(world / "home")
     _wear(world / "home", world / "worn")
+
+
+def _share(root: Path, world: Path) -> None:
+    """Make a remote with an adapter whose log went on there and here, and a home with a part of it."""
+    (world / "remote").mkdir()
+    shutil.copytree(world / "home", world / "other")
+    at_remote = ["split", "--to", f"{world}/remote"]
+    for home, command in (
+        ("home", ["add", f"{root}/a", "--name", "split", "--base", "tiny"]),
+        ("home", ["push", *at_remote]),
+        ("other", ["pull", "split", "--from", f"{world}/remote"]),
+        ("other", ["add", f"{root}/b", "--name", "split", "--base", "tiny", "--tag", "theirs"]),
+        ("other", ["push", *at_remote]),
+        ("home", ["add", f"{root}/c", "--name", "split", "--base", "tiny", "--tag", "ours"]),
+        ("partly", ["pull", "split@v1", "--from", f"{world}/remote"]),
+    ):
+        code, out = command_line(["--home", f"{world}/{home}", *command])
+        assert code == 0, (command, out)
+    shutil.rmtree(world / "other")
 
 
 def _wear(home: Path, worn: Path) -> None:
@@ -167,7 +196,8 @@ def judge(template: str, world: str, command: str, expected: dict[str, Any], cod
     if seen not in (expected["before"], expected["after"]):
         problems.append(f"neither before nor after: {_difference(seen, expected['before'])}")
     if code == 0 or command not in DAMAGED:
-        problems += _unsound(world, home, "as it was left") + _unexportable(world, home, seen)
+        problems += _unsound(world, home, "as it was left")
+        problems += [] if command in PARTLY else _unexportable(world, home, seen)
         problems += _rebuilt(world, home, [seen] if code == 0 else [seen, expected["after"]])
     again, out = command_line(argv(command, template, world))
     if again not in ({0} if seen == expected["before"] else {0, expected["again"]}):
@@ -178,7 +208,21 @@ def judge(template: str, world: str, command: str, expected: dict[str, Any], cod
     left = [path for path in _walk(Path(world)) if any(mark in path.name for mark in STAGING)]
     if left:
         problems.append(f"run again: left {left}")
+    problems += _apart(world, home, command)
     return problems + _unsound(world, home, "run again") + _uncollected(world, home, now)
+
+
+def _apart(world: str, home: str, command: str) -> list[str]:
+    """Look at the remote after a push: it has to be whole, and to have what the home has."""
+    if not command.startswith("push"):
+        return []
+    place = ["--home", f"{world}/{home}", "--json", "remote"]
+    code, out = command_line([*place, "verify", f"{world}/remote"])
+    problems = [f"remote verify: exit {code}: {out}"] if code else []
+    name = argv(command, "", world)[4]
+    code, out = command_line([*place, "status", f"{world}/remote", name])
+    states = [row["state"] for row in json.loads(out)] if code == 0 else out
+    return problems if states == ["same"] else [*problems, f"remote status: {states}"]
 
 
 def _uncollected(world: str, home: str, seen: dict[str, Any]) -> list[str]:

@@ -30,6 +30,7 @@ IMPORTS = (
         "logging.config",
     ),
     *("loramgr.cli.adapters", "loramgr.cli.bases", "loramgr.cli.database", "loramgr.cli.edits", "loramgr.cli.merging"),
+    *("loramgr.cli.remotes", "loramgr.workspace.pushing", "loramgr.workspace.pulling", "loramgr.remotes.opening"),
 )
 
 

@@ -20,13 +20,13 @@ from logbook import Logbook
 
 from loramgr.catalog.catalog import Catalog
 from loramgr.catalog.chains import follow
-from loramgr.catalog.needs import needs_of
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.rebuild import rebuild
 from loramgr.catalog.tables import Table
 from loramgr.digests import digest_bytes
 from loramgr.errors import ConflictError, IntegrityError
 from loramgr.log import Entry
+from loramgr.needs import needs_of
 
 NAMES = ("a", "b", "c")
 TEXTS = st.text(max_size=5).filter(lambda text: text.isprintable())

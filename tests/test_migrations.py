@@ -27,8 +27,8 @@ SECOND = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "9000"
+down_revision = "{head}"
 
 
 def upgrade() -> None:
@@ -48,7 +48,7 @@ def schema_of(path: Path) -> str:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Path:
-    """Return a catalog with the first schema and a log, in a folder whose name needs quoting."""
+    """Return a catalog with the newest schema and a log, in a folder whose name needs quoting."""
     folder = tmp_path / "a home 100%"
     folder.mkdir()
     path = folder / "catalog.sqlite3"
@@ -68,7 +68,7 @@ def scripts(tmp_path: Path) -> Path:
 
 
 def second(scripts: Path, rest: str) -> None:
-    (scripts / "versions" / "0002_second.py").write_text(SECOND.format(rest=rest))
+    (scripts / "versions" / "9000_second.py").write_text(SECOND.format(rest=rest, head=schema.HEAD_REVISION))
 
 
 def test_single_head_is_the_constant() -> None:
@@ -111,11 +111,11 @@ def test_upgrade_at_the_head_changes_nothing(catalog: Path) -> None:
 def test_upgrade_keeps_the_rows_and_a_backup(catalog: Path, scripts: Path) -> None:
     before = schema_of(catalog)
     second(scripts, "with op.batch_alter_table('logs') as batch: batch.alter_column('note', nullable=True)")
-    assert schema.upgrade(catalog, scripts) == "0002"
+    assert schema.upgrade(catalog, scripts) == "9000"
     with closing(sqlite3.connect(catalog)) as connection:
         assert connection.execute("SELECT name, note FROM logs").fetchall() == [("a", None)]
         assert connection.execute("SELECT digest FROM entries").fetchall() == [("r",)]
-    backup = catalog.with_name("catalog.sqlite3.0001.bak")
+    backup = catalog.with_name(f"catalog.sqlite3.{schema.HEAD_REVISION}.bak")
     assert schema_of(backup) == before
     assert sorted(catalog.parent.iterdir()) == [catalog, backup]
 
@@ -125,7 +125,7 @@ def test_failing_migration_rolls_back(catalog: Path, scripts: Path) -> None:
     second(scripts, "raise KeyError('a bug in the second step')")
     with pytest.raises(KeyError, match="second step"):
         schema.upgrade(catalog, scripts)
-    assert schema.current(catalog) == "0001"
+    assert schema.current(catalog) == schema.HEAD_REVISION
     assert schema_of(catalog) == before
 
 
@@ -133,7 +133,7 @@ def test_migration_that_leaves_dangling_rows_rolls_back(catalog: Path, scripts: 
     second(scripts, "op.execute(\"DELETE FROM logs WHERE root = 'r'\")")
     with pytest.raises(IntegrityError, match="refer to nothing"):
         schema.upgrade(catalog, scripts)
-    assert schema.current(catalog) == "0001"
+    assert schema.current(catalog) == schema.HEAD_REVISION
     with closing(sqlite3.connect(catalog)) as connection:
         assert connection.execute("SELECT count(*) FROM logs").fetchone() == (1,)
 
@@ -143,7 +143,7 @@ def test_catalog_of_a_newer_loramgr_is_refused(catalog: Path, scripts: Path) -> 
     schema.upgrade(catalog, scripts)
     with pytest.raises(IncompatibleError, match="newer loramgr"):
         schema.upgrade(catalog)
-    assert schema.current(catalog) == "0002"
+    assert schema.current(catalog) == "9000"
 
 
 def test_no_catalog_to_upgrade(tmp_path: Path) -> None:

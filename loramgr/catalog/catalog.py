@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, select
 from loramgr.catalog import schema, statements
 from loramgr.catalog.engine import BUSY_SECONDS, READ, WRITE, in_transaction, open_engine, suspected, transaction
 from loramgr.catalog.fold import apply, name_log
-from loramgr.catalog.joining import join
+from loramgr.catalog.joining import join, swap
 from loramgr.catalog.reader import Reader
 from loramgr.catalog.tables import Workspace
 from loramgr.errors import ConflictError, IntegrityError
@@ -60,6 +60,16 @@ class Writer(Reader):
     def join(self, logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
         """Append to each log the entries that are not here yet, and return these; see `loramgr.catalog.joining`."""
         new = join(self._connection, logs)
+        self.appended += [entry.digest for log in new for entry in log]
+        return new
+
+    def swap(self, roots: Sequence[str], logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+        """Put other logs in the place of those of these roots; see `loramgr.catalog.joining`.
+
+        Returns the entries that were not here yet. The entries of the old logs stay in the store: what replaces them
+        has to name them, or a rebuild brings them back.
+        """
+        new = swap(self._connection, roots, logs)
         self.appended += [entry.digest for log in new for entry in log]
         return new
 

@@ -2,6 +2,7 @@
 
 Two entries after one predecessor are a fork, and so are two logs that claim one name: a kill between storing an entry
 and committing the catalog leaves either. Nothing is lost: what is left aside stays in the store and is reported.
+What a rebase made anew is no fork: the entries that were replaced do not count, as `loramgr.log.set_aside` says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loramgr.errors import IntegrityError
-from loramgr.log import Entry
+from loramgr.log import Entry, set_aside
 
 __all__ = ["Chains", "follow"]
 
@@ -33,6 +34,7 @@ def follow(entries: Iterable[Entry]) -> Chains:
     IntegrityError, naming it, when an entry's predecessor is missing.
     """
     known = {entry.digest: entry for entry in entries}
+    aside = set_aside(known.values())
     successors: Successors = defaultdict(list)
     for entry in known.values():
         if entry.predecessor is not None and entry.predecessor not in known:
@@ -40,7 +42,8 @@ def follow(entries: Iterable[Entry]) -> Chains:
                 f"log entry {entry.digest} of {entry.log} {entry.name!r} follows {entry.predecessor}, which is missing",
                 "loramgr verify",
             )
-        successors[entry.predecessor].append(entry)
+        if entry.digest not in aside:
+            successors[entry.predecessor].append(entry)
     forks: list[str] = []
     roots = sorted(successors[None], key=lambda entry: entry.digest)
     logs = [_chain(root, successors, forks) for root in roots]

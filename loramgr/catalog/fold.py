@@ -18,6 +18,7 @@ from loramgr.catalog.tables import (
     Log,
     Metric,
     Parent,
+    Remote,
     Table,
     Tag,
     Version,
@@ -137,8 +138,8 @@ def _metric(connection: Connection, root: str, entry: Entry) -> None:
     _set_values(connection, Metric, key, entry.content["metrics"])
 
 
-def _rename(connection: Connection, root: str, entry: Entry) -> None:
-    """Leave the rows alone: the name follows from the log's newest entry."""
+def _leave(connection: Connection, root: str, entry: Entry) -> None:
+    """Leave the rows alone: the name follows from the log's newest entry, what was replaced from the others."""
 
 
 def _remove_versions(connection: Connection, root: str, entry: Entry) -> None:
@@ -173,9 +174,15 @@ def _add_base(connection: Connection, root: str, entry: Entry) -> None:
     connection.execute(update(Log).where(Log.root == root).values(removed=False))
 
 
-def _remove_base(connection: Connection, root: str, entry: Entry) -> None:
+def _add_remote(connection: Connection, root: str, entry: Entry) -> None:
+    connection.execute(delete(Remote).where(Remote.root == root))
+    connection.execute(insert(Remote).values(root=root, url=entry.content["url"], created_at=entry.time))
+    connection.execute(update(Log).where(Log.root == root).values(removed=False))
+
+
+def _remove_whole(connection: Connection, root: str, entry: Entry) -> None:
     if connection.scalar(select(Log.removed).where(Log.root == root)):
-        raise _senseless(entry, "removes a base that is not there")
+        raise _senseless(entry, f"removes a {entry.log} that is not there")
     connection.execute(update(Log).where(Log.root == root).values(removed=True))
 
 
@@ -185,11 +192,14 @@ _EFFECTS: dict[tuple[str, str], Callable[[Connection, str, Entry], None]] = {
     ("adapter", "untag"): _untag,
     ("adapter", "label"): _label,
     ("adapter", "metric"): _metric,
-    ("adapter", "rename"): _rename,
+    ("adapter", "rename"): _leave,
     ("adapter", "remove"): _remove_versions,
     ("adapter", "restore"): _restore_versions,
+    ("adapter", "rebase"): _leave,
     ("base", "add"): _add_base,
-    ("base", "remove"): _remove_base,
+    ("base", "remove"): _remove_whole,
+    ("remote", "add"): _add_remote,
+    ("remote", "remove"): _remove_whole,
 }
 
 

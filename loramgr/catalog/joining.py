@@ -1,27 +1,33 @@
-"""Takes in logs from elsewhere: of two copies of one log the longer goes on, and two that differ are a conflict."""
+"""Takes in logs from elsewhere: of two copies of one log the longer goes on, and two that differ are a conflict.
+
+A log that was made anew after another one is swapped for that one as a whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from loramgr.catalog.fold import apply, name_log
-from loramgr.catalog.tables import EntryRow, Log
+from loramgr.catalog.tables import EntryRow, Log, Table
 from loramgr.digests import short
-from loramgr.errors import ConflictError
-from loramgr.log import Entry
+from loramgr.errors import ConflictError, IntegrityError
+from loramgr.log import Entry, replaced_by
 
-__all__ = ["join"]
+__all__ = ["join", "swap"]
 
 
 def join(connection: Connection, logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
     """Append to each log the entries that the catalog lacks, and return these, log by log, in their order.
 
     Each log is given whole, from its first entry. Raises ConflictError when both sides went on from one entry, naming
-    both heads, or when a name is another log's; IntegrityError when an entry makes no sense.
+    both heads, or when a name is another log's; IntegrityError when an entry makes no sense or replaces one that counts
+    here.
     """
     new = [list(log[_common(connection, log) :]) for log in logs]
+    for entry in (entry for entries in new for entry in entries):
+        _check_replaced(connection, entry)
     heads: list[tuple[str, str]] = []
     for entries in filter(None, new):
         for entry in entries:
@@ -32,6 +38,28 @@ def join(connection: Connection, logs: Sequence[Sequence[Entry]]) -> list[list[E
     for root, name in heads:
         name_log(connection, root, name)
     return new
+
+
+def swap(connection: Connection, roots: Sequence[str], logs: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
+    """Forget the logs of these roots and take in others, each given whole, as `join` does.
+
+    Returns the entries that the catalog lacked before.
+    """
+    known = {*connection.scalars(select(EntryRow.digest).where(EntryRow.root.in_(roots)))}
+    for table in reversed(Table.metadata.sorted_tables):
+        if "root" in table.columns:
+            connection.execute(delete(table).where(table.columns["root"].in_(roots)))
+    return [[entry for entry in entries if entry.digest not in known] for entries in join(connection, logs)]
+
+
+def _check_replaced(connection: Connection, entry: Entry) -> None:
+    """Refuse an entry that replaces one that counts here: a rebuild would leave that aside."""
+    replaced = replaced_by([entry])
+    if replaced and connection.scalar(select(EntryRow.digest).where(EntryRow.digest.in_(replaced)).limit(1)):
+        raise IntegrityError(
+            f"log entry {entry.digest} of {entry.log} {entry.name!r} replaces entries that count here",
+            "loramgr history shows them",
+        )
 
 
 def _common(connection: Connection, log: Sequence[Entry]) -> int:

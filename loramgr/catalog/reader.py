@@ -15,13 +15,13 @@ from loramgr.catalog.family import children_elsewhere
 from loramgr.catalog.history import children_entries, names_of_log, newest_entries
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.selection import ordering, selection
-from loramgr.catalog.tables import Base, EntryRow, Log, Parent, Tag, Version, VersionFile
+from loramgr.catalog.tables import Base, EntryRow, Log, Parent, Remote, Tag, Version, VersionFile
 from loramgr.catalog.usage import BlobUse, blob_uses
 from loramgr.catalog.versions import load_versions, reference
 from loramgr.digests import is_digest
 from loramgr.errors import NotFoundError, UsageError
 from loramgr.log import Entry, LogKind
-from loramgr.records import BaseRecord, FileRecord, VersionRecord
+from loramgr.records import BaseRecord, FileRecord, RemoteRecord, VersionRecord
 from loramgr.references import Reference, parse_reference
 
 if TYPE_CHECKING:
@@ -68,6 +68,17 @@ class Reader:
     def bases_with_digest(self, digest: str) -> list[BaseRecord]:
         """Return the bases of that digest, by name; empty when there is none."""
         return load_bases(self._connection, Base.digest == digest)
+
+    def remotes(self) -> list[RemoteRecord]:
+        """Return all remotes, by name."""
+        columns = select(Log.name, Remote.url, Remote.created_at).join(Log, Log.root == Remote.root)
+        rows = self._connection.execute(columns.where(~Log.removed).order_by(Log.name))
+        return [RemoteRecord(str(name), url, created_at) for name, url, created_at in rows]
+
+    def adapters(self) -> dict[str, str]:
+        """Return the names of all adapters that are not removed, in their order, each with the root of its log."""
+        rows = select(Log.name, Log.root).where(Log.kind == "adapter", ~Log.removed).order_by(Log.name)
+        return {str(name): root for name, root in self._connection.execute(rows)}
 
     def log_state(self, kind: LogKind, name: str) -> LogState | None:
         """Return the state of the log of that name, removed or not; None when the name is free."""

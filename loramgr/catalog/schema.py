@@ -18,7 +18,7 @@ from loramgr.temporary import temporary_folder
 
 __all__ = ["HEAD_REVISION", "TEMPORARY", "check", "current", "migrate", "revision_of", "upgrade"]
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 TEMPORARY = ".catalog-"
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "Log",
     "Metric",
     "Parent",
+    "Remote",
     "Table",
     "Tag",
     "Version",
@@ -61,7 +62,7 @@ class Workspace(Table):
 
 
 class Log(Table):
-    """A log; `root` is the digest of its first entry, `kind` adapter or base, `head` the digest of its last entry.
+    """A log; `root` is the digest of its first entry, `head` that of its last one, `kind` adapter, base or remote.
 
     `name` is None only while a rebuild has not come to the names yet. `removed` hides it until the next publish or
     add; its name stays taken and `next_number`, the number of the next version, never decreases.
@@ -214,4 +215,14 @@ class Base(Table):
     bytes: Mapped[int]
     dtype: Mapped[str]
     architecture: Mapped[str | None]
+    created_at: Mapped[str]
+
+
+class Remote(Table):
+    """A remote as its newest `add` entry describes it; `created_at` is that entry's time. Removal is the log's."""
+
+    __tablename__ = "remotes"
+
+    root: Mapped[str] = mapped_column(ForeignKey("logs.root"), primary_key=True)
+    url: Mapped[str]
     created_at: Mapped[str]

@@ -36,6 +36,8 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "version": short,
     "digest": short,
     "source": str,
+    "url": str,
+    "replaces": lambda digests: f"replaces {len(digests)} entries",
     "tags": ", ".join,
     "labels": _pairs,
     "metrics": _pairs,

@@ -21,6 +21,10 @@ from loramgr.records import (
     ModuleDifference,
     ModuleError,
     ModuleRecord,
+    RemoteRecord,
+    RemoteStatus,
+    RemoteVersionRecord,
+    TransferReport,
     Usage,
     VersionRecord,
 )
@@ -66,17 +70,17 @@ def names(record: Any) -> list[str]:
     """Return what a script needs of a record: references, names or paths, one a line."""
     if isinstance(record, list):
         return [line for item in record for line in names(item)]
-    if isinstance(record, VersionRecord):
+    if isinstance(record, (VersionRecord, RemoteVersionRecord)):
         return [f"{record.name}@v{record.version}"]
-    if isinstance(record, HistoryEntry):
-        return [record.digest]
     if isinstance(record, DiffReport):
         return [module.name for module in _by_change(record.modules) if module.status != "same"]
-    for field in ("name", "output", "removed", "revision"):
-        value = getattr(record, field, None)
-        if value is not None:
-            return value if isinstance(value, list) else [str(value)]
-    return []
+    fields_of_names = _NAMED_BY.get(type(record), ("name", "output", "removed", "revision"))
+    values = [getattr(record, field, None) for field in fields_of_names]
+    value: Any = next((value for value in values if value is not None), [])
+    return value if isinstance(value, list) else [str(value)]
+
+
+_NAMED_BY: dict[type, tuple[str, ...]] = {HistoryEntry: ("digest",), TransferReport: ("versions",)}
 
 
 def render(record: Any) -> list[str]:
@@ -150,9 +154,37 @@ _USAGE_COLUMNS: dict[str, Callable[[Usage], Cell]] = {
     "BYTES": lambda usage: usage.bytes,
 }
 
+_REMOTE_COLUMNS: dict[str, Callable[[RemoteRecord], Cell]] = {
+    "NAME": lambda remote: remote.name,
+    "URL": lambda remote: remote.url,
+}
+
+_STATUS_COLUMNS: dict[str, Callable[[RemoteStatus], Cell]] = {
+    "NAME": lambda status: status.name,
+    "STATE": lambda status: status.state,
+    "AHEAD": lambda status: status.ahead,
+    "BEHIND": lambda status: status.behind,
+    "HEADS": lambda status: ", ".join(map(short, status.heads)),
+}
+
+_REMOTE_VERSION_COLUMNS: dict[str, Callable[[RemoteVersionRecord], Cell]] = {
+    "VERSION": lambda version: f"{version.name}@v{version.version}",
+    "DIGEST": lambda version: short(version.digest),
+    "METHOD": lambda version: version.method,
+    "SIZE": lambda version: size(version.bytes),
+    "VERSIONS": lambda version: version.versions,
+    "TAGS": lambda version: _text(version.tags),
+    "HERE": lambda version: _text(version.here),
+    "CREATED": lambda version: version.created_at[:19].replace("T", " "),
+    "MESSAGE": lambda version: version.message,
+}
+
 _COLUMNS: dict[type, dict[str, Callable[[Any], Cell]]] = {
     BaseRecord: _BASE_COLUMNS,
     HistoryEntry: _HISTORY_COLUMNS,
+    RemoteRecord: _REMOTE_COLUMNS,
+    RemoteStatus: _STATUS_COLUMNS,
+    RemoteVersionRecord: _REMOTE_VERSION_COLUMNS,
     Usage: _USAGE_COLUMNS,
 }
 

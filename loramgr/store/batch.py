@@ -7,6 +7,7 @@ its bytes are durable, as with a single file.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -77,6 +78,22 @@ class StagedFiles(BlobStore):
             temporary.unlink()
             raise IntegrityError(f"the content is {digest}, expected was {expected}")
         return StoredFile(digest, size, self._wait(digest, temporary))
+
+    def adopt(self, digest: str, source: Path) -> None:
+        """Stage a finished file that was hashed while it was written, where nothing has it yet.
+
+        The source stays, read-only, so that nothing is lost when the batch is not settled. FileNotFoundError when it is
+        gone.
+        """
+        if self._is_known(digest):
+            return
+        temporary = self._temporary()
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source, temporary)
+        temporary.chmod(0o444)
+        self._wait(digest, temporary)
 
     def name(self, digests: Sequence[str]) -> tuple[list[str], set[Path]]:
         """Give staged files, durable by now, their names.

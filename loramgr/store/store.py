@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
 from loramgr.store.aside import Aside
 from loramgr.store.blobs import FANOUT, BlobStore
 from loramgr.store.groups import Groups
+from loramgr.store.promised import Promises
 from loramgr.temporary import temporary_folder
 
 __all__ = ["LAYOUT", "Store"]
@@ -28,8 +30,8 @@ class Store:
     """A store that exists; opening it writes nothing, so it can be read from a read-only mount.
 
     `blobs` holds the files of versions, `manifests` what versions are, `entries` what happened to names; `trash` what
-    gc took out of them, `quarantine` what was damaged; `groups` are entries that count only together. `uuid` pairs the
-    store with its catalog.
+    gc took out of them, `quarantine` what was damaged; `groups` are entries that count only together, `promised` the
+    versions whose files are at a remote. `uuid` pairs the store with its catalog.
     """
 
     def __init__(self, root: Path, uuid: str) -> None:
@@ -39,7 +41,24 @@ class Store:
             BlobStore(root / folder, kind, root / SCRATCH) for folder, kind in COLLECTIONS.items()
         )
         self.groups = Groups(root / "groups", root / SCRATCH)
+        self.promised = Promises(root / "promised", root / SCRATCH)
         self.trash, self.quarantine = Aside(root / "trash"), Aside(root / "quarantine")
+
+    def unkept_promises(self, versions: Mapping[str, Collection[str]]) -> dict[str, str]:
+        """Return which of the versions are not here as a whole, but at a remote, each with that.
+
+        They are given by their digests, each with the digests of its files.
+        """
+        marked = self.promised.all()
+        return {
+            version: remote
+            for version, remote in marked.items()
+            if version in versions and not self.holds(version, versions[version])
+        }
+
+    def holds(self, version: str, files: Iterable[str]) -> bool:
+        """Say whether the manifest of a version and its files, given by their digests, are here, sound or not."""
+        return self.manifests.contains(version) and all(map(self.blobs.contains, files))
 
     @property
     def collections(self) -> tuple[BlobStore, BlobStore, BlobStore]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from loramgr.catalog.query import VersionQuery
-from loramgr.workspace.options import AddOptions, ComposeOptions, ExtractOptions, MergeOptions, ResizeOptions, Retention
+from loramgr.workspace.options import (
+    AddOptions,
+    ComposeOptions,
+    ExtractOptions,
+    MergeOptions,
+    PullOptions,
+    PushOptions,
+    ResizeOptions,
+    Retention,
+)
 from loramgr.workspace.workspace import Workspace
 
 __all__ = [
@@ -11,6 +20,8 @@ __all__ = [
     "ComposeOptions",
     "ExtractOptions",
     "MergeOptions",
+    "PullOptions",
+    "PushOptions",
     "ResizeOptions",
     "Retention",
     "VersionQuery",

@@ -12,11 +12,12 @@ from io import BufferedWriter
 from pathlib import Path
 
 from loramgr.catalog.chains import follow
-from loramgr.catalog.needs import mentioned, needs_of
+from loramgr.catalog.reader import Reader
 from loramgr.containment import is_contained
 from loramgr.durable import appear, sync_folder
 from loramgr.errors import ConflictError, IntegrityError, LoramgrError, NotFoundError
 from loramgr.log import Entry
+from loramgr.needs import mentioned, needs_of
 from loramgr.records import ArchiveReport
 from loramgr.references import check_name
 from loramgr.store.archive import Contents, read_archive, write_archive
@@ -24,6 +25,7 @@ from loramgr.store.batch import StoreBatch, batch
 from loramgr.store.locks import locked
 from loramgr.store.store import Store
 from loramgr.workspace.home import Home
+from loramgr.workspace.promises import promised_versions, written
 
 __all__ = ["export_home", "import_home"]
 
@@ -34,7 +36,8 @@ def export_home(home: Home, archive: Path) -> ArchiveReport:
     """Write everything that counts in a home into one archive, as of one moment, while others may write.
 
     Of removed versions and bases it holds what is still here. Raises ConflictError when there is something at that
-    path, and IntegrityError when anything that is needed is missing or damaged.
+    path, NotFoundError when files are at a remote only, and IntegrityError when anything that is needed is missing or
+    damaged.
     """
     if os.path.lexists(archive):
         if (left := _temporary(archive)).exists() and left.samefile(archive):
@@ -64,20 +67,36 @@ def import_home(home: Home, archive: Path) -> ArchiveReport:
         logs = _logs(archive, staged, read_archive(archive, staged))
         _check_complete(archive, staged, logs)
         with ExitStack() as group, home.writing() as writer:
-            fresh = [[entry.digest for entry in log] for log in writer.join(logs)]
+            left_out = [log for log in logs if _is_other_remote(writer, log)]
+            fresh = [
+                [entry.digest for entry in log] for log in writer.join([log for log in logs if log not in left_out])
+            ]
             arriving = [digest for log in fresh for digest in log]
             group.enter_context(home.store.groups.announced(arriving, home.store.entries))
             live = {*writer.live_publications()}
             size = _staged_bytes(staged)
             new.adopt(staged.settle_files())
             staged.settle_entries(fresh)
-    return ArchiveReport(sum(digest in live for log in fresh for digest in log), size)
+    notes = [f"the remote {log[-1].name} of the archive is left out: here that is another one" for log in left_out]
+    return ArchiveReport(sum(digest in live for log in fresh for digest in log), size, notes)
+
+
+def _is_other_remote(reader: Reader, log: Sequence[Entry]) -> bool:
+    """Say whether a log is that of a remote whose name is taken here: everybody has an origin."""
+    state = reader.log_state("remote", log[-1].name) if log[-1].log == "remote" else None
+    return state is not None and state.root != log[0].digest
 
 
 def _contents(store: Store, digests: Sequence[str]) -> Contents:
     """Return what belongs into the archive: what counts has to be there, the rest is taken where it is."""
     entries = [Entry.decode(store.entries.get(digest)) for digest in digests]
-    needs, rest = needs_of(follow(entries).logs), mentioned(entries)
+    logs = follow(entries).logs
+    promised = list(written(logs, promised_versions(store, logs)))
+    if promised:
+        raise NotFoundError(
+            f"the files of {', '.join(promised)} are not here, but at a remote", f"loramgr pull {' '.join(promised)}"
+        )
+    needs, rest = needs_of(logs), mentioned(entries)
     manifests = {*needs.manifests, *filter(store.manifests.contains, rest.manifests)}
     blobs = {*needs.blobs, *filter(store.blobs.contains, rest.blobs)}
     size = sum(map(store.entries.size, digests))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from loramgr.catalog import schema
 from loramgr.catalog.chains import follow
-from loramgr.catalog.needs import Needs, mentioned, needs_of
 from loramgr.catalog.reader import Reader
 from loramgr.errors import IntegrityError
-from loramgr.log import Entry
+from loramgr.log import Entry, replaced_by
+from loramgr.needs import Needs, mentioned, needs_of
 from loramgr.records import GcReport
 from loramgr.store import store as layout
 from loramgr.store.blobs import BlobStore
@@ -22,6 +22,7 @@ from loramgr.store.store import Store
 from loramgr.temporary import is_abandoned, sweep
 from loramgr.workspace.health import entries_of
 from loramgr.workspace.home import Home
+from loramgr.workspace.promises import promised_versions
 
 __all__ = ["collect"]
 
@@ -32,10 +33,12 @@ _REPAIR = "loramgr verify --repair"
 class _Garbage:
     """What can go: log entries, each after those that follow it, manifests, blobs, and temporary files.
 
-    `young` are the entries that do not count either, and are younger than the grace.
+    `young` are the entries that do not count either, and are younger than the grace; `replaced` those that a rebase
+    made anew.
     """
 
     entries: list[Entry]
+    replaced: set[str]
     young: frozenset[str]
     manifests: list[str]
     blobs: list[str]
@@ -67,7 +70,7 @@ def collect(home: Home, grace: timedelta, *, dry_run: bool) -> GcReport:
             _bytes(files) + sum(map(_size, garbage.temporary)),
             [*map(_named, old)],
             _bytes(old),
-            [_note(entry) for entry in garbage.entries],
+            [_note(entry, entry.digest in garbage.replaced) for entry in garbage.entries],
         )
         if not dry_run:
             for batch in batches:
@@ -83,14 +86,16 @@ def _survey(home: Home, reader: Reader, before: float) -> _Garbage:
     entries = {entry.digest: entry for entry in entries_of(store)}
     known = {*reader.entry_digests()}
     strays = [entry for digest, entry in entries.items() if digest not in known]
-    needs = needs_of(_logs(reader, [_known(entries, digest) for digest in sorted(known)]))
-    _check_presence(store, needs)
+    logs = _logs(reader, [_known(entries, digest) for digest in sorted(known)])
+    _check_presence(store, needs_of(logs, promised_versions(store, logs)))
+    needs = needs_of(logs)
     left = _left_by_a_kill(store, entries, strays, before)
     gone = {entry.digest for entry in left}
     staying = [entry for entry in strays if entry.digest not in gone]
     young = mentioned(staying)
     return _Garbage(
         left,
+        replaced_by(entry for log in logs for entry in log),
         frozenset(entry.digest for entry in staying),
         _unneeded(store.manifests, needs.manifests.keys() | young.manifests.keys(), before),
         _unneeded(store.blobs, needs.blobs.keys() | young.blobs.keys(), before),
@@ -181,5 +186,6 @@ def _size(path: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.lstat().st_nlink == 1)
 
 
-def _note(entry: Entry) -> str:
-    return f"log entry {entry.digest}: {entry.kind} of {entry.log} {entry.name} at {entry.time} never came to count"
+def _note(entry: Entry, replaced: bool) -> str:
+    why = "was made anew by a rebase" if replaced else "never came to count"
+    return f"log entry {entry.digest}: {entry.kind} of {entry.log} {entry.name} at {entry.time} {why}"

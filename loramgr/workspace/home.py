@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from loramgr.catalog.catalog import Catalog, Writer
-from loramgr.catalog.needs import mentioned
 from loramgr.digests import digest_bytes
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
 from loramgr.log import Entry, LogKind
+from loramgr.needs import mentioned
 from loramgr.records import VersionRecord
 from loramgr.store.blobs import BlobStore
 from loramgr.store.locks import locked
 from loramgr.store.store import Store
 from loramgr.temporary import temporary_folder
+from loramgr.workspace.promises import check_here
 
 __all__ = ["CATALOG", "Home", "NewFiles", "catalog_path", "default_home", "file_state"]
 
@@ -155,9 +156,10 @@ class Home:
     def files_of(self, version: VersionRecord) -> Iterator[Path]:
         """Give a folder with the files of a version, hashed again, for the duration of the block.
 
-        Raises IntegrityError when one is missing or damaged, or when they are not those that the manifest names, which
-        the version digest names.
+        Raises NotFoundError when they are at a remote only, IntegrityError when one is missing or damaged, or when they
+        are not those that the manifest names, which the version digest names.
         """
+        check_here(self.store, version)
         named = json.loads(self.store.manifests.get(version.digest))["files"]
         if named != [asdict(file) for file in sorted(version.files, key=lambda file: file.path)]:
             raise IntegrityError(

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["NUMERICS", "AddOptions", "ComposeOptions", "ExtractOptions", "MergeOptions", "ResizeOptions", "Retention"]
+__all__ = [
+    "NUMERICS",
+    "AddOptions",
+    "ComposeOptions",
+    "ExtractOptions",
+    "MergeOptions",
+    "PullOptions",
+    "PushOptions",
+    "ResizeOptions",
+    "Retention",
+]
 
 NUMERICS = ("exact", "fast")
 
@@ -120,3 +130,27 @@ class Retention:
     tagged: bool = False
     best: Sequence[str] = ()
     force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PullOptions:
+    """What of a remote's adapters to bring, and what to do where both sides went on.
+
+    `source` is a registered remote or a URL, None for the only one registered or the one named origin; `all_versions`
+    brings the files of every version, not only of the one that is asked for; `rebase` makes the own log entries anew
+    after those of the remote; `dry_run` only tells.
+    """
+
+    source: str | None = None
+    all_versions: bool = False
+    rebase: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """Where to push to, and what to do where both sides went on; `target` as `source` in `PullOptions`."""
+
+    target: str | None = None
+    rebase: bool = False
+    dry_run: bool = False

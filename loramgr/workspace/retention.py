@@ -15,6 +15,7 @@ from loramgr.store.blobs import BlobStore
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.home import Home
 from loramgr.workspace.options import Retention
+from loramgr.workspace.promises import is_elsewhere
 
 __all__ = ["prune", "restore"]
 
@@ -127,8 +128,12 @@ def _record_restore(home: Home, writer: Writer, versions: Versions) -> None:
 
 
 def _bring_back(home: Home, versions: Versions) -> None:
-    """Move what the versions consist of out of the trash, hashed again; nothing when a part is lost."""
+    """Move what the versions consist of out of the trash, hashed again; nothing when a part is lost.
+
+    What was only promised before it was removed is so again.
+    """
     store = home.store
+    versions = [version for version in versions if not is_elsewhere(store, version)]
     parts = {(store.manifests, version.digest): f"the manifest of {reference(version)}" for version in versions}
     for version in versions:
         parts |= {(store.blobs, file.digest): f"{file.path} of {reference(version)}" for file in version.files}

@@ -25,7 +25,7 @@ def usage(home: Home, by: By) -> list[Usage]:
     Every blob counts once, so the rows add up: one that only one name's versions refer to under that name, one that
     several refer to in the row `(shared)`. After them, where there are any: `(no base)`, versions without a base;
     `(bases)`, the lists of the bases' tensors; `(removed)`, what only removed versions refer to and is still here;
-    `(trash)`, what gc has set aside. Manifests, logs and the catalog do not count.
+    `(trash)`, what gc has set aside. Manifests, logs, the catalog and what is only at a remote do not count.
     """
     with home.catalog.reading() as reader:
         uses = list(reader.blob_uses())
@@ -36,8 +36,10 @@ def usage(home: Home, by: By) -> list[Usage]:
         if not use.removed:
             holders[use.digest].add(_holder(use, by))
     totals: Counter[str] = Counter()
+    promised = bool(home.store.promised.all())
     for digest, names in holders.items():
-        totals[next(iter(names)) if len(names) == 1 else SHARED] += sizes[digest]
+        if not promised or home.store.blobs.contains(digest):
+            totals[next(iter(names)) if len(names) == 1 else SHARED] += sizes[digest]
     totals[BASES] = sum(_size(home, digest) for digest in bases)
     totals[REMOVED] = sum(_size(home, digest) for digest in sizes.keys() - holders.keys())
     totals[TRASH] = _folder_size(home.store.root / "trash")

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from loramgr.catalog.chains import follow
-from loramgr.catalog.needs import Needs, mentioned, needs_of
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.reader import Reader
 from loramgr.digests import PREFIX, is_digest
 from loramgr.errors import IntegrityError, LoramgrError, UncheckedError, UsageError
-from loramgr.log import Entry
+from loramgr.log import Entry, replaced_by
+from loramgr.needs import Needs, mentioned, needs_of
 from loramgr.records import BaseRecord, StoreVerification, VersionRecord
 from loramgr.store.blobs import BlobStore
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.home import Home
 from loramgr.workspace.outputs import changed_outputs
+from loramgr.workspace.promises import check_here, promised_versions, written
 
 __all__ = ["Finding", "Findings", "Scope", "examine", "verify"]
 
@@ -103,7 +104,10 @@ def examine(home: Home, refs: Sequence[str], scope: Scope) -> Findings:
     findings = Findings()
     if refs:
         with home.catalog.reading() as reader:
-            needs = _needed_by([reader.version(ref) for ref in refs])
+            versions = [reader.version(ref) for ref in refs]
+        for version in versions:
+            check_here(home.store, version)
+        needs = _needed_by(versions)
         _check_files(home, needs, scope, findings)
     else:
         with home.catalog.reading() as reader:
@@ -125,12 +129,18 @@ def _check_logs(home: Home, reader: Reader, findings: Findings) -> tuple[Needs, 
         counted = [entries[digest] for digest in known if digest in entries]
         findings.notes += [
             f"log entry {digest}: of no log in the catalog, left by a killed command or of one that is running"
-            for digest in sorted(entries.keys() - {*known})
+            for digest in sorted(entries.keys() - {*known} - replaced_by(counted))
         ]
     if known is not None and len(counted) == len(known):
         findings.rows += _asked(home, lambda: reader.compare(counted), findings) or []
     try:
-        needs = needs_of(follow(counted).logs)
+        logs = follow(counted).logs
+        promised = promised_versions(home.store, logs)
+        needs = needs_of(logs, promised)
+        findings.notes += [
+            f"{ref}: its files are at {remote}, loramgr pull {ref} brings them"
+            for ref, remote in written(logs, promised).items()
+        ]
         return needs, mentioned(counted).without(needs)
     except IntegrityError:  # the gap is reported already; then the catalog may know
         told = _asked(home, lambda: _needed_by(reader.versions(_ALL), reader.bases()), findings)

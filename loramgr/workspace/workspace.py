@@ -5,11 +5,9 @@ Each method imports its use case when it is called: asking the catalog must not 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +36,7 @@ from loramgr.records import (
     Usage,
     VersionRecord,
 )
-from loramgr.workspace.home import Home, default_home
+from loramgr.workspace.exchange import DAY, Exchange
 from loramgr.workspace.options import AddOptions, ComposeOptions, ExtractOptions, MergeOptions, ResizeOptions, Retention
 
 if TYPE_CHECKING:
@@ -49,9 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Workspace"]
 
-
-DAY = timedelta(days=1)
-
 # `list` is a method below, and would hide the built-in in its annotations
 Bases = list[BaseRecord]
 Versions = list[VersionRecord]
@@ -59,22 +54,13 @@ Entries = list[HistoryEntry]
 Usages = list[Usage]
 
 
-class Workspace:
+class Workspace(Exchange):
     """A home folder with a store and a catalog, made on first use.
 
     `home` None means `LORAMGR_HOME`, else the platform's folder for user data; `jobs` None means one thread per core;
     `progress` shows bars on a terminal. Every method raises a subclass of `LoramgrError` for what a person can
     mend, and leaves catalog, store and outputs as they were when it does.
     """
-
-    def __init__(self, home: Path | str | None = None, *, jobs: int | None = None, progress: bool = False) -> None:
-        self.home = default_home() if home is None else Path(home)
-        self._jobs = jobs or os.cpu_count() or 1
-        self._progress = progress
-
-    @cached_property
-    def _opened(self) -> Home:
-        return Home.open(self.home, self._jobs, self._progress)
 
     def base_add(self, source: str | Path, name: str | None = None) -> BaseRecord:
         """Fingerprint a folder, file or `hf://` address and register it as a base."""

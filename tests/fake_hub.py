@@ -94,6 +94,7 @@ class FakeHub:
     multipart: int = 8 << 20
     has_xet: bool = False
     redirects: bool = True
+    lists_files: bool = True
     fault: Fault | None = None
     stall: float = 5.0
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -269,15 +270,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({})
 
     def models(self) -> None:
-        author, tag = self.query.get("author"), self.query.get("filter")
         found = [
-            {"id": name, "tags": [tag] if tag else [], "private": repository.private}
+            self._listed(repository)
             for name, repository in sorted(self.hub.repositories.items())
-            if name.startswith(f"{author}/")
-            and (self._is_known or not repository.private)
-            and (tag is None or f"- {tag}\n" in self._card(repository))
+            if name.startswith(f"{self.query.get('author')}/") and (self._is_known or not repository.private)
         ]
         self._paged(found)
+
+    def _listed(self, repository: Repository) -> dict[str, Any]:
+        tags = re.findall(r"(?m)^- ([\w:./-]+)$", self._card(repository).partition("\n---")[0])
+        told = {"id": repository.name, "tags": tags, "private": repository.private}
+        files = [{"rfilename": path} for path in repository.history[-1].files]
+        return {**told, "siblings": files} if self.query.get("full") and self.hub.lists_files else told
 
     def _card(self, repository: Repository) -> str:
         card = repository.history[-1].files.get("README.md")

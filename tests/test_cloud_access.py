@@ -238,6 +238,7 @@ def test_a_proxy_of_the_environment_is_used(brief: None, monkeypatch: pytest.Mon
     with recording(Recorder()) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.endpoint)
         monkeypatch.setenv("http_proxy", proxy.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store.invalid:80/")
         assert read(open_keystore("s3://bucket/x?endpoint=http://store.invalid"), "key") == b"hi"
     assert proxy.seen[0][:2] == ("GET", "http://store.invalid/bucket/x/key")
 
@@ -248,3 +249,93 @@ def test_anonymous_requests_are_not_signed(brief: None, monkeypatch: pytest.Monk
     with recording(Recorder()) as server:
         assert read(open_keystore(f"s3://bucket/x?anonymous=true&endpoint={server.endpoint}"), "key") == b"hi"
     assert "authorization" not in server.seen[0][2]
+
+
+KEY = {"AWS_ACCESS_KEY_ID": "KEYID", "AWS_SECRET_ACCESS_KEY": "SECRET"}
+FOREIGN = "https://store.invalid"
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "variable"),
+    [
+        (f"gs://bucket?endpoint={FOREIGN}", {"GOOGLE_BEARER_TOKEN": "SECRET"}, "GOOGLE_BASE_URL"),
+        (f"az://box?account=ours&endpoint={FOREIGN}", {"AZURE_STORAGE_TOKEN": "SECRET"}, "AZURE_STORAGE_ENDPOINT"),
+        (f"az://box?account=ours&endpoint={FOREIGN}", {"AZURE_STORAGE_SAS_TOKEN": "sig=a"}, "AZURE_STORAGE_ENDPOINT"),
+        (f"s3://bucket?endpoint={FOREIGN}", KEY | {"AWS_SESSION_TOKEN": "SECRET"}, "AWS_ENDPOINT_URL_S3"),
+        (f"s3://bucket?endpoint={FOREIGN}", {"AWS_ROLE_ARN": "a", "AWS_WEB_IDENTITY_TOKEN_FILE": "b"}, "AWS_"),
+        ("s3://bucket?endpoint=http://store.invalid", KEY, "AWS_ENDPOINT_URL_S3"),
+        ("s3://bucket?endpoint=http://127.0.0.1.invalid", KEY, "AWS_ENDPOINT_URL_S3"),
+    ],
+)
+def test_a_host_that_only_the_url_names_gets_no_secret(
+    url: str, environment: dict[str, str], variable: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="only this URL names") as caught:
+        open_keystore(url)
+    assert variable in str(caught.value.hint)
+    assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"
+    open_keystore(f"{url}&anonymous=true")
+    endpoint = url.partition("endpoint=")[2]
+    named = variable if variable != "AWS_" else "AWS_ENDPOINT_URL"
+    monkeypatch.setenv(named, f"{endpoint}/")
+    open_keystore(url)
+    monkeypatch.setenv(named, f"{endpoint}.elsewhere")
+    with pytest.raises(UsageError, match="only this URL names"):
+        open_keystore(url)
+
+
+def test_a_host_of_s3_that_the_url_names_is_taken_with_tls_and_a_lasting_key(
+    brief: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in KEY.items():
+        monkeypatch.setenv(name, value)
+    open_keystore(f"s3://bucket?endpoint={FOREIGN}")
+    for name in KEY:
+        monkeypatch.delenv(name)
+    keys = "aws_access_key_id = a\naws_secret_access_key = b\n"
+    (tmp_path / "credentials").write_text(f"[lasting]\n{keys}[passing]\n{keys}aws_session_token = c\n")
+    (tmp_path / "config").write_text(
+        f"[profile passing]\nendpoint_url = {FOREIGN}:443\n"
+        "[profile lasting]\nservices = own\n[services own]\ns3 =\n  endpoint_url = http://minio.invalid\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for profile, endpoint in (("lasting", FOREIGN), ("lasting", "http://minio.invalid"), ("passing", FOREIGN)):
+        open_keystore(f"s3://bucket?profile={profile}&endpoint={endpoint}")
+    for profile, endpoint in (("passing", "https://else.invalid"), ("lasting", "http://else.invalid")):
+        with pytest.raises(UsageError, match="only this URL names"):
+            open_keystore(f"s3://bucket?profile={profile}&endpoint={endpoint}")
+
+
+def test_the_endpoint_of_a_profile_is_used(brief: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with recording(Recorder()) as server:
+        (tmp_path / "credentials").write_text("[work]\naws_access_key_id = KEYID\naws_secret_access_key = b\n")
+        (tmp_path / "config").write_text(f"[profile work]\nregion = eu-west-1\nendpoint_url = {server.endpoint}\n")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        assert read(open_keystore("s3://bucket/x?profile=work"), "key") == b"hi"
+    assert "Credential=KEYID/" in server.seen[0][2]["authorization"]
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "header", "secret"),
+    [
+        ("s3://bucket/x?endpoint=", KEY | {"AWS_SESSION_TOKEN": "TOKEN"}, "x-amz-security-token", "TOKEN"),
+        ("az://box/x?account=ours&endpoint=", {"AZURE_STORAGE_SAS_TOKEN": "sig=TOKEN"}, "referer", "sig=TOKEN"),
+    ],
+)
+def test_what_a_redirect_takes_along_is_known(
+    url: str, environment: dict[str, str], header: str, secret: str, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client cannot be told otherwise; when this fails, docs/object-stores.md has to be corrected."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with recording(Recorder()) as other, recording(Recorder(302)) as first:
+        first.location = other.endpoint.replace("127.0.0.1", "localhost")
+        assert read(open_keystore(url + first.endpoint), "key") == b"hi"
+    path, headers = other.seen[0][1:]
+    assert secret in headers[header]
+    assert "authorization" not in headers
+    assert "SECRET" not in f"{path} {headers}"

@@ -258,7 +258,36 @@ def test_gc_refuses_while_a_log_is_damaged(line: Line, swaps: bool) -> None:
 
 
 @pytest.mark.parametrize("swaps", [True, False])
-def test_a_damaged_log_is_mended_by_deleting_and_pushing_it(line: Line, swaps: bool) -> None:
+@pytest.mark.parametrize("thorough", [True, False])
+def test_a_damaged_log_is_mended_by_who_has_it(line: Line, swaps: bool, thorough: bool) -> None:
+    store = MemoryStore(swaps=swaps)
+    line.publish({"weights": b"second"})
+    line.rename("other")
+    line.push(LogRemote(store))
+    line.rename("sql2")
+    line.push(LogRemote(store))
+    keys = {name: [entry_key(name, entry.digest) for entry in line.entries] for name in ("other", "sql2")}
+    whole = dict(store.keys)
+    store.delete(keys["sql2"][0])
+    for key in (keys["sql2"][1], keys["other"][1]):
+        store.keys[key] = (b"damaged", store.keys[key][1])
+    data, when = store.keys[keys["sql2"][2]]
+    store.keys[keys["sql2"][2]] = (data[:-1] + b" ", when)  # as long as it was
+    with pytest.raises(IntegrityError) as caught:
+        read(store, "sql2")
+    assert caught.value.hint == "loramgr push sql2 from a home that has it"
+    remote = LogRemote(store)
+    log = remote.log("sql2", line.known)
+    assert log is not None
+    told = remote.settle(log, tags=False, thorough=thorough)
+    assert told == [f"{3 + thorough} damaged log entries of sql2 were put right there"]
+    assert remote.settle(log, tags=False, thorough=True) == ([] if thorough else [told[0].replace("3", "1")])
+    assert {key: data for key, (data, _) in store.keys.items()} == {key: data for key, (data, _) in whole.items()}
+    assert read(store, "sql2").entries == tuple(line.entries)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_damaged_log_may_be_deleted_and_pushed(line: Line, swaps: bool) -> None:
     store = MemoryStore(swaps=swaps)
     line.publish({"weights": b"second"})
     line.push(LogRemote(store))
@@ -267,7 +296,7 @@ def test_a_damaged_log_is_mended_by_deleting_and_pushing_it(line: Line, swaps: b
     store.keys[key] = (b"damaged", store.keys[key][1])
     with pytest.raises(IntegrityError) as caught:
         read(store)
-    assert caught.value.hint == "loramgr remote delete sql there, then push it from a home that has it"
+    assert caught.value.hint == "loramgr push sql from a home that has it"
     LogRemote(store).delete("sql")
     line.pushed = None
     line.push(LogRemote(store))

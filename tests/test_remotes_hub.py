@@ -26,7 +26,7 @@ from loramgr.remotes.hub_client import HubClient
 from loramgr.remotes.opening import open_remote
 from loramgr.remotes.protocol import Remote
 from loramgr.workspace.hub_pulling import pull_foreign
-from loramgr.workspace.options import AddOptions, PullOptions
+from loramgr.workspace.options import AddOptions, PullOptions, PushOptions
 from loramgr.workspace.workspace import Workspace
 
 SOAK = bool(os.environ.get("LORAMGR_SOAK"))
@@ -245,17 +245,67 @@ def test_delete(hub: FakeHub, workspace: Workspace) -> None:
 
 
 def test_tags_of_the_adapter_become_git_tags_where_asked(hub: FakeHub, workspace: Workspace) -> None:
-    remote = opened(hub, options="?tags=true&private=true")
-    push(workspace, remote, "sql")
+    url = "hf:org?private=true&tags=true"
+    workspace.push(["sql"], PushOptions(url))
     repository = hub.repositories["org/sql"]
     assert repository.private
     assert repository.tags["prod"] == repository.tags["v1"]
     workspace.tag("sql@v3", "prod", move=True)
-    push(workspace, remote, "sql")
+    workspace.push(["sql"], PushOptions(url))
     assert repository.tags["prod"] == repository.tags["v3"]
     workspace.untag("sql@prod")
-    push(workspace, remote, "sql")
+    workspace.push(["sql"], PushOptions(url))
     assert "prod" not in repository.tags
+
+
+def test_a_push_that_is_asked_to_brings_the_tags_to_git(hub: FakeHub, workspace: Workspace) -> None:
+    workspace.push(["sql"], PushOptions("hf:org"))
+    repository = hub.repositories["org/sql"]
+    assert [*repository.tags] == ["v1", "v2", "v3"]
+    told = workspace.push(["sql"], PushOptions("hf:org", tags=True))  # nothing else is new
+    assert (told.entries, told.notes) == (0, ["the git tag prod of org/sql is set"])
+    assert repository.tags["prod"] == repository.tags["v1"]
+    workspace.tag("sql@v2", "prod", move=True)
+    workspace.push(["sql"], PushOptions("hf:org"))
+    assert repository.tags["prod"] == repository.tags["v1"]
+    workspace.push(["sql"], PushOptions("hf:org", tags=True))
+    assert repository.tags["prod"] == repository.tags["v2"]
+    workspace.remove("sql@v2", force=True)
+    repository.tags["by-hand"] = repository.history[0].oid
+    workspace.push(["sql"], PushOptions("hf:org", tags=True))
+    assert sorted(repository.tags) == ["by-hand", "v1", "v2", "v3"]
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_a_version_whose_tag_failed_gets_it_with_the_next_push(
+    hub: FakeHub, workspace: Workspace, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramgr.remotes.hub_client._rest", lambda *_: None)
+    hub.fault = lambda method, path: status if method == "POST" and "/tag/" in path else None
+    with pytest.raises(UncheckedError):
+        workspace.push(["sql"], PushOptions("hf:org"))
+    hub.fault = None
+    repository = hub.repositories["org/sql"]
+    assert repository.tags == {}
+    told = workspace.push(["sql"], PushOptions("hf:org"))
+    commits = {commit.title: commit.oid for commit in repository.history}
+    assert repository.tags == {f"v{number}": commits[f"sql v{number}"] for number in (1, 2, 3)}
+    del repository.tags["v2"]
+    told = workspace.push(["sql"], PushOptions("hf:org"))  # nothing is new
+    assert (told.entries, told.notes) == (0, ["the git tag v2 of org/sql was missing, and is set"])
+    assert repository.tags["v2"] == commits["sql v2"]
+    assert workspace.push(["sql"], PushOptions("hf:org")).notes == []
+
+
+def test_an_adapter_whose_card_was_edited_is_listed(hub: FakeHub, workspace: Workspace) -> None:
+    push(workspace, opened(hub), "sql")
+    hub.create("org/foreign", {"adapter_config.json": b"{}"})
+    hub.push("org/sql", {"README.md": b"# by hand"})
+    assert opened(hub).names() == ["sql"]
+    hub.lists_files = False
+    assert opened(hub).names() == []
+    hub.push("org/sql", {"README.md": b"---\ntags:\n- loramgr\n---\n"})
+    assert opened(hub).names() == ["sql"]
 
 
 def test_files_that_have_no_place_at_the_top(hub: FakeHub, tmp_path: Path) -> None:

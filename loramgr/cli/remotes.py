@@ -42,7 +42,8 @@ _remote_argument = click.argument("remote", required=False)
 _refs_argument = click.argument("refs", nargs=-1, metavar="[REF]...")
 _dry_run = click.option("--dry-run", is_flag=True, help="Show what would go; change nothing, here or there.")
 _rebase = click.option("--rebase", is_flag=True, help="Where both sides went on, put what is new here after theirs.")
-_tags = click.option("--tags", is_flag=True, expose_value=False, help="Take tags along: they always go, with the log.")
+_tags = click.option("--tags", is_flag=True, help="Give tags to git too, on a hub; they always go with the log.")
+_tags_come = click.option("--tags", is_flag=True, expose_value=False, help="Take tags along: they always come.")
 
 
 @click.group(cls=LazyGroup, table=COMMANDS)
@@ -194,7 +195,7 @@ def push(session: Session, /, refs: tuple[str, ...], everything: bool, jobs: int
 @click.option("--all", "everything", is_flag=True, help="Pull every adapter, with the files of all its versions.")
 @click.option("--all-versions", is_flag=True, help="Bring the files of every version.")
 @_rebase
-@_tags
+@_tags_come
 @_dry_run
 @jobs_option
 @click.pass_obj

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loramgr.errors import IncompatibleError, UncheckedError, UsageError
+from loramgr.remotes.cloud_endpoints import check_endpoint, named_endpoint
 from loramgr.remotes.retrying import (
     BASE,
     FIRST_PAUSE_SECONDS,
@@ -41,6 +42,7 @@ _AWS_KEYS = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_SKIP_SIGNATURE",
 )
+_AWS_TOKENS = ("AWS_SESSION_TOKEN", "AWS_TOKEN")
 _AZURE_PLACES = ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _GOOGLE_SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _VARIABLES = {
@@ -61,8 +63,9 @@ class CloudClients:
 def connect(url: RemoteUrl) -> CloudClients:
     """Make the clients; nothing is sent yet.
 
-    Raises IncompatibleError where a package is missing, UsageError for a profile or account that is missing, and
-    UncheckedError for settings in the environment that cannot be used.
+    Raises IncompatibleError where a package is missing, UsageError for a profile or account that is missing and for
+    credentials that would go to a host which only the URL names, and UncheckedError for settings in the environment
+    that cannot be used.
     """
     if find_spec("obstore") is None:
         raise IncompatibleError(f"{url}: object stores need the package obstore", "pip install 'loramgr[cloud]'")
@@ -138,37 +141,67 @@ def _read_bundle(name: str, path: Path) -> bytes:
 def _s3(url: RemoteUrl) -> _Settings:
     from obstore.store import S3Store
 
-    endpoint = _first(url.option("endpoint"), "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    provider = None if url.option("anonymous") else _profile(url)
+    provider, own = (None, "") if url.option("anonymous") else _profile(url)
+    named = named_endpoint("s3") or own
+    check_endpoint(url, (named, own), signed_only=_has_lasting_key(provider))
+    endpoint = url.option("endpoint") or named
     region = _first(url.option("region"), "AWS_REGION", "AWS_DEFAULT_REGION")
     config = _given({"endpoint": endpoint, "region": region}) | _anonymous(url)
     return _Settings(S3Store, url, config, endpoint, provider)
 
 
-def _profile(url: RemoteUrl) -> object:
-    """Return the credentials of a profile of AWS's own files, where one is named or nothing else is set; else None."""
+def _has_lasting_key(provider: object) -> bool:
+    """Say whether requests are signed with a key that has no session token, None standing for the environment's."""
+    if provider is None:
+        key = all(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+        return key and not any(os.environ.get(name) for name in _AWS_TOKENS)
+    from botocore.credentials import Credentials
+
+    found = getattr(provider, "credentials", None)
+    return type(found) is Credentials and not found.token  # those of roles and logins are of other classes
+
+
+def _profile(url: RemoteUrl) -> tuple[object, str]:
+    """Return the credentials and the endpoint of a profile of AWS's own files.
+
+    That is one that is named, or the default one where nothing else is set; else None. The endpoint is empty where it
+    names none.
+    """
     profile = _first(url.option("profile"), "AWS_PROFILE", "AWS_DEFAULT_PROFILE")
     files = ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")
     written = any(Path(os.environ.get(name, usual)).expanduser().is_file() for name, usual in files)
     if not profile and (any(os.environ.get(name) for name in _AWS_KEYS) or not written):
-        return None
+        return None, ""
     if find_spec("boto3") is None:
         raise IncompatibleError(f"{url}: profiles of AWS need the package boto3", "pip install boto3")
     import boto3
     from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
     from obstore.auth.boto3 import Boto3CredentialProvider
 
+    session = Session(profile=profile or None)
     try:
-        return Boto3CredentialProvider(boto3.Session(profile_name=profile or None))
+        provider = Boto3CredentialProvider(boto3.Session(botocore_session=session))
+        return provider, _profile_endpoint(session.get_scoped_config(), session.full_config)
     except (BotoCoreError, ValueError) as error:
         message = f"{url}: the profile {profile or 'default'} of AWS has no credentials"
         raise UsageError(message, "aws configure") from error
 
 
+def _profile_endpoint(profile: Mapping[str, Any], everything: Mapping[str, Any]) -> str:
+    """Return the endpoint that a profile names for S3 or, where it does not, for all services."""
+    services = everything.get("services", {}).get(profile.get("services"), {})
+    own = services.get("s3", {})
+    found = (own.get("endpoint_url") if isinstance(own, dict) else None) or profile.get("endpoint_url")
+    return found if isinstance(found, str) else ""
+
+
 def _google(url: RemoteUrl) -> _Settings:
     from obstore.store import GCSStore
 
-    endpoint = _first(url.option("endpoint"), "GOOGLE_BASE_URL")
+    named = named_endpoint("gs")
+    check_endpoint(url, (named,))
+    endpoint = url.option("endpoint") or named
     own = any(name.startswith("GOOGLE_") and value for name, value in os.environ.items())
     provider: object = None
     if not (own or url.option("anonymous")) and _installed("google.auth"):
@@ -192,7 +225,9 @@ def _azure(url: RemoteUrl) -> _Settings:
     from obstore.store import AzureStore
 
     account = _first(url.option("account"), "AZURE_STORAGE_ACCOUNT_NAME")
-    endpoint = _first(url.option("endpoint"), "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+    named = named_endpoint("az")
+    check_endpoint(url, (named,))
+    endpoint = url.option("endpoint") or named
     if not account:
         raise UsageError(f"{url}: the storage account is missing", f"az://{url.place}/{url.prefix}?account=NAME")
     own = any(name.startswith("AZURE_") and value for name, value in os.environ.items() if name not in _AZURE_PLACES)

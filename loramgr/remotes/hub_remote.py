@@ -20,8 +20,8 @@ from loramgr.references import check_name
 from loramgr.remotes.hub_client import HubClient, check_repository
 from loramgr.remotes.hub_commit import steps
 from loramgr.remotes.hub_log import HubState, read_log
-from loramgr.remotes.hub_snapshot import Snapshot, manifest_path, read_snapshot
-from loramgr.remotes.hub_tags import check_free, git_tags, mirror_tags, version_tag
+from loramgr.remotes.hub_snapshot import Snapshot, is_own, manifest_path, read_snapshot
+from loramgr.remotes.hub_tags import check_free, git_tags, mirror_tags, unmarked, version_tag
 from loramgr.remotes.hub_writing import HubWriter, Push
 from loramgr.remotes.parallel import each
 from loramgr.remotes.protocol import Collected, KnownEntry, RemoteLog, VersionContent
@@ -30,6 +30,7 @@ from loramgr.remotes.urls import RemoteUrl
 
 __all__ = ["HubRemote"]
 
+_PAGE = 200  # repositories in one answer, each with the names of its files
 _LARGE = 16 << 20  # bytes; a hub keeps by LFS what is larger
 
 
@@ -62,8 +63,9 @@ class HubRemote:
         if self._url.prefix:
             state = self._read(self._repository(""), _nothing)
             return [state.name] if state is not None and state.name is not None else []
-        found = self._client.get_pages(self.url, "api/models", author=self._url.place, filter="loramgr", limit=1000)
-        names = (item.get("id") for item in found if isinstance(item, dict))
+        place = {"author": self._url.place, "full": "true", "limit": _PAGE}
+        found = self._client.get_pages(self.url, "api/models", **place)
+        names = (item.get("id") for item in found if isinstance(item, dict) and is_own(item))
         own = (name.removeprefix(f"{self._url.place}/") for name in names if isinstance(name, str))
         return sorted(name for name in own if _is_name(name))
 
@@ -123,8 +125,6 @@ class HubRemote:
             state = self._writer.commit(state, step, push)
             if step.version is not None:
                 self._client.tag(repository, version_tag(step.version.number), state.snapshot.commit)
-        if self._url.option("tags"):
-            mirror_tags(self._client, repository, state.entries.values(), entries)
         with self._lock:
             self._states[push.name] = state
             self._refs.pop(repository, None)
@@ -132,6 +132,25 @@ class HubRemote:
         if log is None:
             raise push.renamed(state)
         return log
+
+    def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
+        """Set git tags of versions that are missing and, where asked, bring those of the adapter's tags up to date."""
+        state = self._state(log.name)
+        repository = state.snapshot.repository
+        there = git_tags(self._client, repository)
+        done = []
+        for entry in unmarked([*state.entries.values()], state.snapshot.manifests, there):
+            tag, commit = version_tag(entry.content["number"]), self._commit_of(state, entry)
+            if commit is not None:
+                self._client.tag(repository, tag, commit)
+                there[tag] = commit
+                done.append(f"the git tag {tag} of {repository} was missing, and is set")
+        if tags or self._url.option("tags"):
+            changed = mirror_tags(self._client, repository, [*state.entries.values()], there)
+            done += [f"the git tag {tag} of {repository} is {'set' if commit else 'gone'}" for tag, commit in changed]
+        with self._lock:
+            self._refs.pop(repository, None)
+        return done
 
     def read_manifest(self, name: str, number: int, digest: str) -> bytes:
         """Return the manifest of a version, hashed; NotFoundError where it is not there, IntegrityError for another."""
@@ -266,6 +285,16 @@ class HubRemote:
         for commit in self._writer.commits(repository, f" v{number}"):
             if commit not in seen:
                 yield self._snapshot(repository, commit)
+
+    def _commit_of(self, state: HubState, entry: Entry) -> str | None:
+        """Return the commit that brought a version, by its title and what is in it; None where it is not found."""
+        repository, number = state.snapshot.repository, entry.content["number"]
+        files = [FileRecord(**file) for file in entry.content["summary"]["files"]]
+        for commit in self._writer.commits(repository, f" v{number}"):
+            found = self._snapshot(repository, commit)
+            if entry.content["version"] in found.manifests and all(found.find(file) for file in files):
+                return commit
+        return None
 
     def _snapshot(self, repository: str, commit: str) -> Snapshot:
         with self._lock:

@@ -21,7 +21,7 @@ from loramgr.errors import IntegrityError
 from loramgr.records import FileRecord
 from loramgr.remotes.hub_client import MAIN, HubClient
 
-__all__ = ["CARD", "HubFile", "Snapshot", "blob_id", "entry_path", "manifest_path", "place", "read_snapshot"]
+__all__ = ["CARD", "HubFile", "Snapshot", "blob_id", "entry_path", "is_own", "manifest_path", "place", "read_snapshot"]
 
 CARD = "README.md"
 _LOG = re.compile(r"loramgr/log/([0-9a-f]{64})\.json")
@@ -30,6 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MOST = 1_000_000  # files of a repository
 _OWN_FOLDER = "loramgr"
+_OWN_TAG = "loramgr"
 _RESERVED = (CARD, ".gitattributes", ".gitignore")  # the card is made anew; the others tell the hub what to do
 _REFUSED = (".git", ".cache")  # folders that the hub's client does not upload
 
@@ -93,6 +94,15 @@ def read_snapshot(client: HubClient, repository: str, revision: str = MAIN) -> S
         if len(files) > _MOST:
             raise IntegrityError(f"{name}: more than {_MOST} files")
     return Snapshot(name, commit, files)
+
+
+def is_own(told: Mapping[str, Any]) -> bool:
+    """Say whether a hub's list of repositories has one with a log, by its files or by the tag in its card."""
+    tags, files = told.get("tags"), told.get("siblings")
+    if isinstance(tags, list) and _OWN_TAG in tags:
+        return True
+    paths = (file.get("rfilename") for file in files if isinstance(file, dict)) if isinstance(files, list) else ()
+    return any(isinstance(path, str) and _LOG.fullmatch(path) for path in paths)
 
 
 def entry_path(digest: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from loramgr.errors import ConflictError, IntegrityError
 from loramgr.log import Entry
+from loramgr.needs import live
 from loramgr.remotes.hub_client import HubClient
 from loramgr.remotes.protocol import VersionContent
 
-__all__ = ["check_free", "git_tags", "mirror_tags", "version_tag"]
+__all__ = ["check_free", "git_tags", "mirror_tags", "unmarked", "version_tag"]
 
 
 def version_tag(number: int) -> str:
@@ -38,25 +39,52 @@ def check_free(repository: str, tags: Mapping[str, str], versions: Sequence[Vers
             )
 
 
-def mirror_tags(client: HubClient, repository: str, entries: Iterable[Entry], changed: Iterable[Entry]) -> None:
-    """Bring the git tags that the changed entries are about to where the adapter's tags are after all entries."""
-    wanted: dict[str, int] = {}
+def unmarked(entries: Sequence[Entry], manifests: Sequence[str], tags: Mapping[str, str]) -> list[Entry]:
+    """Return the entries of the versions there that are not removed and have no git tag."""
+    pushed = {*manifests}
+    return [
+        entry
+        for entry in live(entries)
+        if entry.content["version"] in pushed and version_tag(entry.content["number"]) not in tags
+    ]
+
+
+def mirror_tags(
+    client: HubClient, repository: str, entries: Sequence[Entry], there: Mapping[str, str]
+) -> list[tuple[str, str | None]]:
+    """Bring the git tags of all names that ever were tags of the adapter to where these are now.
+
+    `there` are the git tags as they are. Returns those that changed, each with its commit, None for one taken away.
+    """
+    wanted = _tags_after(entries)
+    changed: list[tuple[str, str | None]] = []
+    for tag in sorted({tag for entry in entries for tag in _tags_of(entry)}):
+        commit = there.get(version_tag(wanted[tag])) if tag in wanted else None
+        if there.get(tag) == commit:
+            continue
+        if tag in there:
+            client.untag(repository, tag)
+        if commit is not None:
+            client.tag(repository, tag, commit)
+        changed.append((tag, commit))
+    return changed
+
+
+def _tags_after(entries: Iterable[Entry]) -> dict[str, int]:
+    """Return the adapter's tags after these entries, and the version that each names."""
+    tags: dict[str, int] = {}
     for entry in entries:
         content = entry.content
         if entry.kind == "publish":
-            wanted.update(dict.fromkeys(content["tags"], content["number"]))
+            tags.update(dict.fromkeys(content["tags"], content["number"]))
         elif entry.kind == "tag":
-            wanted[content["tag"]] = content["number"]
+            tags[content["tag"]] = content["number"]
         elif entry.kind == "untag":
-            wanted.pop(content["tag"], None)
-    touched = {tag for entry in changed for tag in _tags_of(entry)}
-    there = git_tags(client, repository) if touched else {}
-    for tag in sorted(touched):
-        commit = there.get(version_tag(wanted[tag])) if tag in wanted else None
-        if tag in there and there[tag] != commit:
-            client.untag(repository, tag)
-        if commit is not None and there.get(tag) != commit:
-            client.tag(repository, tag, commit)
+            tags.pop(content["tag"], None)
+        elif entry.kind == "remove":
+            gone = {*tags.values()} if content["whole"] else {*content["numbers"]}
+            tags = {tag: number for tag, number in tags.items() if number not in gone}
+    return tags
 
 
 def _tags_of(entry: Entry) -> list[str]:

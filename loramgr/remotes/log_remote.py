@@ -15,6 +15,7 @@ from loramgr.records import FileRecord
 from loramgr.remotes.appending import Appender
 from loramgr.remotes.collecting import collect
 from loramgr.remotes.layout import BLOBS, DESCRIPTION, MANIFESTS, Description, Head, content_key, head_key, log_prefix
+from loramgr.remotes.mending import mend_log
 from loramgr.remotes.presence import BlobPresence
 from loramgr.remotes.protocol import Collected, KeyStore, KnownEntry, RemoteLog, VersionContent
 from loramgr.remotes.proving import MANIFEST_LIMIT, parse_manifest
@@ -82,6 +83,12 @@ class LogRemote:
         reader = LogReader(self._store, self._described().heads, self._jobs)
         appender = Appender(reader, self._presence, self._listed)
         return appender.append(expected, entries, versions, blob)
+
+    def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
+        """Put damaged entries right, unless this client looks at many logs; tags are in the log."""
+        reader = None if self._listed else self._reader()
+        mended = mend_log(reader, log, thorough=thorough) if reader is not None else 0
+        return [f"{mended} damaged log entries of {log.name} were put right there"] if mended else []
 
     def read_manifest(self, name: str, number: int, digest: str) -> bytes:
         """Return the manifest of a version, proved; NotFoundError where it is not there."""

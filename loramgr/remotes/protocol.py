@@ -161,6 +161,13 @@ class Remote(Protocol):
         `expected` was read or another has its name. Where the store cannot tell, a fork comes back: several `heads`.
         """
 
+    def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
+        """Put right what earlier pushes of a log left undone or others damaged, and say so, a line for each thing.
+
+        What that is depends on the kind of remote: damaged entries, all of them read again where `thorough`; marks for
+        people, like git tags, with `tags` also those of the adapter. The log is one that was just read or appended to.
+        """
+
     def read_manifest(self, name: str, number: int, digest: str) -> bytes:
         """Return the manifest of a version, hashed; NotFoundError where it is not there, IntegrityError for another."""
 

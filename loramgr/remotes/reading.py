@@ -217,7 +217,7 @@ class _Gathered:
         try:
             return digest, self._reader.entry(self._name, digest)
         except IntegrityError as error:
-            mended = f"loramgr remote delete {self._name} there, then push it from a home that has it"
+            mended = f"loramgr push {self._name} from a home that has it"
             return digest, IntegrityError(error.message, error.hint or mended)
 
     def _take(self, digest: str, found: Entry | LoramgrError) -> None:

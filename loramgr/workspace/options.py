@@ -149,8 +149,12 @@ class PullOptions:
 
 @dataclass(frozen=True, slots=True)
 class PushOptions:
-    """Where to push to, and what to do where both sides went on; `target` as `source` in `PullOptions`."""
+    """Where to push to, and what to do where both sides went on; `target` as `source` in `PullOptions`.
+
+    `tags` gives the adapter's tags to git too, where the remote is a hub; in the log they travel always.
+    """
 
     target: str | None = None
     rebase: bool = False
     dry_run: bool = False
+    tags: bool = False

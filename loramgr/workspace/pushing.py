@@ -32,6 +32,7 @@ from loramgr.workspace.transfers import Failures, Moved, bar, tried
 __all__ = ["push"]
 
 _FEW = 3  # adapters that are asked for one by one
+_SHORT = 100  # entries of a log that are read again with every push of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +105,26 @@ def _push_one(sending: _Sending, jobs: int, name: str) -> Moved:
         for digest, went in zip(missing, each(jobs, partial(_send, sending, plan), missing), strict=True):
             sent += [digest] if went else []
             progress.update(sizes[digest])
-    if plan.entries and not sending.options.dry_run:
-        contents = [_content(sending, plan, entry) for entry in plan.versions]
-        after = remote.append(plan.expected, plan.entries, contents, home.store.blobs.path)
-        if len(after.heads) > 1:
-            with home.catalog.reading() as reader:
-                found = compare(local_log(home, reader, plan.name), after)
-            raise went_apart(plan.name, sending.place.label, found, after.heads)
+    notes = plan.notes if sending.options.dry_run else (*plan.notes, *_append(sending, plan))
     size = sum(sizes[digest] for digest in sent)
     versions = tuple(f"{plan.name}@v{entry.content['number']}" for entry in plan.versions)
-    return Moved(len(sent), len(plan.files) - len(sent), size, len(plan.entries), versions, plan.notes)
+    return Moved(len(sent), len(plan.files) - len(sent), size, len(plan.entries), versions, notes)
+
+
+def _append(sending: _Sending, plan: _Plan) -> list[str]:
+    """Append what the remote's log lacks, have the remote put in order what belongs to it, and say what that was."""
+    home, log = sending.home, plan.expected
+    if plan.entries:
+        contents = [_content(sending, plan, entry) for entry in plan.versions]
+        log = sending.remote.append(plan.expected, plan.entries, contents, home.store.blobs.path)
+        if len(log.heads) > 1:
+            with home.catalog.reading() as reader:
+                found = compare(local_log(home, reader, plan.name), log)
+            raise went_apart(plan.name, sending.place.label, found, log.heads)
+    if log is None:
+        return []
+    thorough = not plan.entries or len(log.entries) <= _SHORT
+    return sending.remote.settle(log, tags=sending.options.tags, thorough=thorough)
 
 
 def _plan(sending: _Sending, name: str) -> _Plan:

@@ -1,14 +1,21 @@
-"""Memory for large reads, in large pages: to fault in 4 KiB at a time costs more than to read what goes there."""
+"""Memory for large tensors: in large pages, and used again, since the kernel clears what it gives.
+
+To fault pages in 4 KiB at a time costs more than to read what goes there, and to clear a tensor's pages half as much.
+"""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from threading import local
 
-__all__ = ["large_pages", "piece"]
+__all__ = ["Memory", "fresh", "large_pages", "piece"]
+
+Memory = Callable[[str, int], memoryview]  # gives memory for what a slot names, of so many bytes
 
 _LARGE = 1 << 22  # bytes: below, the allocator's memory is as good and is used again
+_KEPT = 1 << 26  # bytes: what is larger is too much for a thread to keep
 _held = local()
 
 
@@ -22,9 +29,20 @@ def large_pages(size: int) -> bytearray | memoryview:
     return memoryview(memory)
 
 
-def piece(size: int) -> memoryview:
-    """Return memory of so many bytes, of any content, that is this thread's own until it asks again."""
-    held: memoryview | None = getattr(_held, "memory", None)
+def fresh(slot: str, size: int) -> memoryview:
+    """Return memory of so many bytes that nobody else gets, whatever the slot."""
+    return memoryview(large_pages(size))
+
+
+def piece(slot: str, size: int) -> memoryview:
+    """Return memory of so many bytes, of any content, that is this thread's own until it asks for the slot again.
+
+    From 64 MiB on it is the caller's for good.
+    """
+    if size > _KEPT:
+        return fresh(slot, size)
+    pieces: dict[str, memoryview] = vars(_held)
+    held = pieces.get(slot)
     if held is None or len(held) < size:
-        held = _held.memory = memoryview(large_pages(size))
+        held = pieces[slot] = fresh(slot, size)
     return held[:size]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
-from loramgr.memory import large_pages
+from loramgr.memory import Memory, fresh
 
 if TYPE_CHECKING:
     import torch
@@ -83,10 +83,9 @@ class FileTensor:
     path: Path
     start: int
 
-    def read_bytes(self) -> bytearray | memoryview:
-        """Return the tensor's bytes; IntegrityError when the file has become shorter."""
-        data = large_pages(self.spec.nbytes)
-        left = memoryview(data)
+    def read_bytes(self, memory: Memory = fresh) -> memoryview:
+        """Return the tensor's bytes, in the memory's slot "read"; IntegrityError when the file has become shorter."""
+        data = left = memory("read", self.spec.nbytes)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             while left:

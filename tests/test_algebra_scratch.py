@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import torch
 
-from loramgr.algebra.scratch import Scratch
+from loramgr.algebra.scratch import Scratch, scratch_for
 
 
 def test_a_slot_is_used_again_and_apart_from_others() -> None:
@@ -16,3 +18,14 @@ def test_a_slot_is_used_again_and_apart_from_others() -> None:
     assert (again.shape, again.is_contiguous(), again.data_ptr()) == ((5, 2), True, first.data_ptr())
     assert again.unique().tolist() == [1]
     assert scratch.take("a", torch.empty(100), torch.float32).shape == (100,)
+
+
+def test_a_thread_has_one_for_the_cpu_and_none_to_share() -> None:
+    weight = torch.empty(1)
+    others: list[Scratch] = []
+    thread = Thread(target=lambda: others.append(scratch_for(weight)))
+    thread.start()
+    thread.join()
+    assert scratch_for(weight) is scratch_for(weight)
+    assert others != [scratch_for(weight)]
+    assert scratch_for(weight.to("meta")) is not scratch_for(weight.to("meta"))

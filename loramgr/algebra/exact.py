@@ -16,14 +16,14 @@ import torch
 from loramgr.algebra.balls import Ball, root_of_squares
 from loramgr.algebra.compensated import decide, dot
 from loramgr.algebra.rounding import HALVES, certify, round_float64, screen
-from loramgr.algebra.scratch import Scratch
+from loramgr.algebra.scratch import Scratch, scratch_for
 from loramgr.algebra.stack import Stack
 from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
 from loramgr.algebra.witness import Witness
 
 __all__ = ["merge_exact"]
 
-TILE = 1 << 18  # elements for each thread: a float64 tile and its temporaries stay in the caches of a core
+TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in the cache, the calls are few
 _GATHER = 1 << 17  # open entries settled at once
 
 
@@ -33,11 +33,13 @@ def merge_exact(
     *,
     dtype: torch.dtype | None = None,
     by_column: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return round(W + Σ E(W)), every entry correctly rounded.
 
     `weight` is (m, n) on any device with float64, any strides; the terms' tensors are moved to it. `dtype` is the
-    result's, None for W's own. `by_column`: DecomposedTerms are given for Wᵀ (their norm runs over columns).
+    result's, None for W's own. `by_column`: DecomposedTerms are given for Wᵀ (their norm runs over columns). `out`, of
+    the result's shape and dtype, contiguous and beside W, takes the result; None for new memory.
     Where W itself is NaN or infinite, so is the result; it is NaN where anything else that goes into it is not finite,
     or where a norm is zero. The caller decides what that means. An exact sum of zero is +0, but a weight of -0 to which
     exactly nothing is added keeps its sign, so that merging nothing changes nothing.
@@ -45,8 +47,9 @@ def merge_exact(
     dtype = dtype or weight.dtype
     if by_column:
         terms = [transposed(term) for term in terms]
-        return merge_exact(weight.T, terms, dtype=dtype).T.contiguous()
-    result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        result = merge_exact(weight.T, terms, dtype=dtype).T
+        return result.contiguous() if out is None else out.copy_(result)
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     if weight.numel() == 0:
         return result
     merge = _Merge(weight, [_on_device(term, weight.device) for term in terms])
@@ -71,7 +74,7 @@ class _Merge:
             if isinstance(term, DecomposedTerm)
         ]
         self._witness = Witness(weight, terms)
-        self._scratch = Scratch()
+        self._scratch = scratch_for(weight)
         self._pending: list[tuple[Ball, torch.Tensor, torch.Tensor]] = []
         self._sound: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from threading import local
+
 import torch
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "scratch_for"]
+
+_of_thread = local()
 
 
 class Scratch:
@@ -19,3 +23,13 @@ class Scratch:
         if held is None or held.numel() < like.numel():
             held = self._held[slot, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return held[: like.numel()].view(like.shape)
+
+
+def scratch_for(weight: torch.Tensor) -> Scratch:
+    """Return what this thread uses for all weights in the CPU's memory, for others new scratch memory."""
+    if weight.device.type != "cpu":
+        return Scratch()
+    if not hasattr(_of_thread, "scratch"):
+        _of_thread.scratch = Scratch()
+    scratch: Scratch = _of_thread.scratch
+    return scratch

@@ -52,7 +52,7 @@ class Region:
         with source.path.open("rb", buffering=0) as file:
             at = self._copy(file.fileno(), source)
         self._done(at)
-        buffer = piece(min(_PIECE, source.spec.nbytes))
+        buffer = piece("copy", min(_PIECE, source.spec.nbytes))
         at, end = self.start, self.start + source.spec.nbytes
         while at < end:
             count = os.preadv(self.file, [buffer[: end - at]], at)

@@ -11,6 +11,7 @@ from zlib import crc32
 
 from loramgr.adapter import LowRank, Replacement, Rows, Shift
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
+from loramgr.memory import Memory, fresh
 from loramgr.tensorfile import Data, TensorSpec
 from loramgr.workspace.contributions import Contribution, whole_tensor
 
@@ -99,16 +100,18 @@ class Merger:
         contributions: Sequence[Contribution],
         *,
         residual: bool = False,
+        memory: Memory = fresh,
     ) -> Computed:
         """Return the merged tensor of the target's dtype and shape, with its residual where one is wanted.
 
         `weight` is the base's tensor, None for a tensor that the base lacks or has in another shape; then the
         contribution that brings the whole tensor takes its place, whatever its weight. Only sums of low-rank deltas
-        have a residual. Raises IncompatibleError, naming the tensor, when the result is not finite.
+        have a residual. The result may lie in the memory's slot "result". Raises IncompatibleError, naming the tensor,
+        when it is not finite.
         """
         from loramgr.algebra.casting import rounded
         from loramgr.algebra.exact import merge_exact
-        from loramgr.tensors import torch_dtype
+        from loramgr.tensors import from_bytes, torch_dtype
 
         dtype = torch_dtype(target.dtype)
         start, terms, by_column = _terms(weight, contributions)
@@ -117,8 +120,10 @@ class Merger:
         if change is not None and (residual or self.numerics == "fast"):
             computed = _merge_in_place(_matrix(start).to(device), start, change, residual=residual)
         elif terms:
-            matrix = _matrix(start).to(device)
-            merged = merge_exact(matrix, terms, dtype=dtype, by_column=by_column).cpu().reshape(start.shape)
+            matrix, out = _matrix(start).to(device), None
+            if device == "cpu" and start.shape == target.shape:
+                out = from_bytes(memory("result", target.nbytes), target).view(matrix.shape)
+            merged = merge_exact(matrix, terms, dtype=dtype, by_column=by_column, out=out).cpu().reshape(start.shape)
             computed = Computed(merged.contiguous(), "torch", {})
         else:
             computed = Computed(rounded(start, dtype).contiguous(), "torch", {})

@@ -14,6 +14,7 @@ from loramgr.checkpoints.regions import Region
 from loramgr.checkpoints.residuals import ORIGINAL, ResidualFile
 from loramgr.digests import TensorDigest
 from loramgr.errors import IntegrityError
+from loramgr.memory import Memory, fresh, piece
 from loramgr.tensorfile import Data, FileTensor, TensorSpec
 from loramgr.workspace.computing import Merger
 from loramgr.workspace.home import Home
@@ -57,7 +58,7 @@ class Producer:
 
     def produce(self, target: Target) -> Data:
         """Return the bytes of one tensor; IntegrityError when the base's are not those that were registered."""
-        return self._produced(target)[0]
+        return self._produced(target, fresh)[0]
 
     def checked(self, names: Sequence[str], home: Home) -> list[tuple[str, TensorDigest]]:
         """Read tensors of the base that stay where they are, and return their digests, by name."""
@@ -76,17 +77,17 @@ class Producer:
             region.copy(view)
             self._check(str(target.source), region.digest.sha256, view.spec.nbytes)
             return
-        data, parts = self._produced(target)
+        data, parts = self._produced(target, piece)
         region.write(data)
         known = self._plan.base.tensors.get(target.spec.name)
         if parts and known is not None and region.digest != known:
             self._residuals[target.spec.name].add(target.spec.name, parts)
 
-    def _produced(self, target: Target) -> tuple[Data, dict[str, tuple[TensorSpec, Data]]]:
+    def _produced(self, target: Target, memory: Memory) -> tuple[Data, dict[str, tuple[TensorSpec, Data]]]:
         """Return the bytes of a tensor and, where residuals are kept, what gives the base's tensor back."""
         from loramgr.tensors import as_bytes, from_bytes
 
-        data = None if target.source is None else self._read(target.source)
+        data = None if target.source is None else self._read(target.source, memory)
         if data is not None and self._is_copy(target):
             return data, {}
         stored = None if target.source is None else self._plan.base.checkpoint.tensors[target.source].spec
@@ -100,7 +101,7 @@ class Producer:
             assert weight is not None
             return as_bytes(rounded(weight, torch_dtype(target.spec.dtype)).contiguous()), {}
         keep = target.spec.name in self._residuals
-        computed = self._merger.merge(target.spec, weight, target.contributions, residual=keep)
+        computed = self._merger.merge(target.spec, weight, target.contributions, residual=keep, memory=memory)
         with self._lock:
             self.kernels.add(computed.kernel)
         parts = computed.parts
@@ -118,8 +119,9 @@ class Producer:
         """Say whether the tensor is copied from file to file and never held."""
         return self._is_copy(target) and isinstance(self._plan.base.checkpoint.tensors[str(target.source)], FileTensor)
 
-    def _read(self, name: str) -> Data:
-        data = self._plan.base.checkpoint.tensors[name].read_bytes()
+    def _read(self, name: str, memory: Memory) -> Data:
+        view = self._plan.base.checkpoint.tensors[name]
+        data = view.read_bytes(memory) if isinstance(view, FileTensor) else view.read_bytes()
         self._check(name, hashlib.sha256(data).hexdigest(), len(data))
         return data
 

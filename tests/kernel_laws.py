@@ -10,14 +10,17 @@ from itertools import product
 
 import pytest
 import torch
+from rationals import bits
+from rationals import merged as rational
 
 from loramgr.algebra import engine
 from loramgr.algebra.engine import Merged
+from loramgr.algebra.exact import merge_exact, merges_by_kernel
 from loramgr.algebra.factors import Factors, stacked
 from loramgr.algebra.kernels import launch
 from loramgr.algebra.kernels.tiled import TiledResidual
 from loramgr.algebra.residual import BITS, Origin
-from loramgr.algebra.terms import LowRankTerm
+from loramgr.algebra.terms import LowRankTerm, ReplacedTerm
 from loramgr.errors import IncompatibleError
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -252,3 +255,72 @@ def test_empty_weights_and_rank_zero() -> None:
         assert same_bits(tensor, weight)
         engine.unmerge_(tensor, factors, result.residual)
         assert same_bits(tensor, weight)
+
+
+SCREENED = (torch.bfloat16, torch.float16)
+
+
+def exactly_merged(weight: torch.Tensor, terms: list[LowRankTerm]) -> list[int | str]:
+    assert merges_by_kernel(weight, terms, weight.dtype)
+    return bits(merge_exact(weight, terms).cpu())
+
+
+@pytest.mark.parametrize("dtype", SCREENED)
+@pytest.mark.parametrize(("shape", "rank"), [((1, 1), 1), ((33, 5), 3), ((7, 130), 17)])
+def test_exact_merges_round_correctly(dtype: torch.dtype, shape: tuple[int, int], rank: int) -> None:
+    weight = weight_of(shape, dtype)
+    parts = [factors_of(shape, rank, seed=seed) for seed in (0, 1)]
+    terms = [LowRankTerm(part.left, part.right, 1.25, weight=0.7) for part in parts]
+    assert exactly_merged(weight, terms) == rational(weight.cpu(), [on_cpu(term) for term in terms], dtype)
+
+
+@pytest.mark.parametrize("dtype", SCREENED)
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 1.0])
+def test_exact_merges_round_correctly_where_nearly_all_cancels(dtype: torch.dtype, size: float) -> None:
+    weight = weight_of((9, 40), dtype) * size
+    left = torch.cat([weight.float(), weight.float()], dim=1)[:, :40].clone()
+    right = -torch.eye(40, device=DEVICE) * (1 + 2.0**-12)
+    right[::3] *= 1 - 2.0**-20
+    terms = [LowRankTerm(left, right, 1.0)]
+    assert exactly_merged(weight, terms) == rational(weight.cpu(), [on_cpu(term) for term in terms], dtype)
+
+
+@pytest.mark.parametrize("dtype", SCREENED)
+def test_exact_merges_decide_ties_and_keep_what_is_not_finite(dtype: torch.dtype) -> None:
+    half = torch.finfo(dtype).eps / 2
+    odd = [0.0, -0.0, 1.0, -1.0, 1 + 2 * half, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal]
+    weight = torch.tensor([odd] * 6, device=DEVICE).to(dtype)
+    added = torch.tensor([0.0, half, -half / 2, half * (1 + 2.0**-20), 2.0**-133, 2.0**-25], device=DEVICE)
+    terms = [LowRankTerm(added[:, None], torch.ones((1, len(odd)), device=DEVICE), 1.0)]
+    assert exactly_merged(weight, terms) == rational(weight.cpu(), [on_cpu(term) for term in terms], dtype)
+    weight[0, 0], weight[1, 1] = float("nan"), float("-inf")
+    terms[0].left[2, 0] = float("inf")
+    found = merge_exact(weight, terms)
+    assert found[0, 0].isnan()
+    assert float(found[1, 1]) == float("-inf")
+    assert bool(found[2].isnan().all())
+    assert not bool(found[3:].isnan().any())
+
+
+@pytest.mark.parametrize("dtype", SCREENED)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "doubles"])
+def test_exact_merges_take_any_layout(dtype: torch.dtype, layout: str) -> None:
+    weight, part = weight_of((35, 34), dtype), factors_of((35, 34), 2)
+    factor = torch.float64 if layout == "doubles" else torch.float32
+    term = LowRankTerm(part.left.to(factor) / 3, part.right.to(factor) / 7, 0.3)
+    seen = {"transposed": weight.T.contiguous().T, "strided": weight.repeat(2, 2)[::2, :34], "doubles": weight}[layout]
+    assert exactly_merged(seen, [term]) == rational(seen.cpu(), [on_cpu(term)], dtype)
+
+
+def test_nothing_is_screened_that_the_kernel_does_not_take() -> None:
+    weight, part = weight_of((4, 4), torch.float32), factors_of((4, 4), 1)
+    term = LowRankTerm(part.left, part.right, 1.0)
+    assert not merges_by_kernel(weight, [term], torch.float32)
+    assert not merges_by_kernel(weight, [term], torch.bfloat16)
+    assert not merges_by_kernel(weight.half(), [], torch.float16)
+    assert not merges_by_kernel(weight.half(), [term, ReplacedTerm(weight, 0.5)], torch.float16)
+    assert not merges_by_kernel(weight[:0].half(), [LowRankTerm(part.left[:0], part.right, 1.0)], torch.float16)
+
+
+def on_cpu(term: LowRankTerm) -> LowRankTerm:
+    return replace(term, left=term.left.cpu(), right=term.right.cpu())

@@ -1,15 +1,18 @@
 """The exact merge: every weight is the correctly rounded value of W + Σ E(W), on any device, in any tiling.
 
-Four passes, each over what the one before it left open: float32 with an error bound (16-bit results only), float64 with
-an error bound, compensated sums for ties, and rational arithmetic for single entries. The bits depend on the inputs
-alone, because what is stored is proved to be the one correct rounding.
+Four passes, each over what the one before it left open: float32 with an error bound (16-bit results only, on GPUs as a
+kernel of its own), float64 with an error bound, compensated sums for ties, and rational arithmetic for single entries.
+The bits depend on the inputs alone, because what is stored is proved to be the one correct rounding.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from math import isfinite
+from types import ModuleType
 
 import torch
 
@@ -21,10 +24,12 @@ from loramgr.algebra.stack import Stack
 from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
 from loramgr.algebra.witness import Witness
 
-__all__ = ["merge_exact"]
+__all__ = ["merge_exact", "merges_by_kernel"]
 
 TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in the cache, the calls are few
+_GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
+_GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
 
 
 def merge_exact(
@@ -53,11 +58,32 @@ def merge_exact(
     if weight.numel() == 0:
         return result
     merge = _Merge(weight, [_on_device(term, weight.device) for term in terms])
-    step = max(1, TILE * torch.get_num_threads() // weight.shape[1])
+    if merges_by_kernel(weight, terms, dtype):
+        merge.fill_by_kernel(result)
+        return result
+    step = max(1, (TILE * torch.get_num_threads() if weight.device.type == "cpu" else _GPU_TILE) // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         merge.fill(result, slice(start, min(start + step, weight.shape[0])))
     merge.settle(result)
     return result
+
+
+def merges_by_kernel(weight: torch.Tensor, terms: Sequence[Term], dtype: torch.dtype) -> bool:
+    """Say whether the first pass over the weight is the Triton kernel's: 16-bit floats, low-rank terms, on a GPU."""
+    if not terms or not weight.numel() or not all(isinstance(term, LowRankTerm) for term in terms):
+        return False
+    kernels = screening_kernels(weight)
+    return kernels is not None and kernels.takes(weight, dtype)
+
+
+def screening_kernels(weight: torch.Tensor) -> ModuleType | None:
+    """Return the kernels of the first pass where they may run: on a GPU, or in Triton's interpreter."""
+    possible = weight.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not possible or find_spec("triton") is None:
+        return None
+    from loramgr.algebra.kernels import screening
+
+    return screening
 
 
 class _Merge:
@@ -89,6 +115,16 @@ class _Merge:
             self._pending.append((ball.at(row, column), row + rows.start, column))
             if sum(column.numel() for _, _, column in self._pending) >= _GATHER:
                 self.settle(result)
+
+    def fill_by_kernel(self, result: torch.Tensor) -> None:
+        """Write the whole merged weight into the result, by kernel but for what that leaves open."""
+        kernels = screening_kernels(self._weight)
+        assert kernels is not None
+        places = kernels.screen_by_kernel(self._weight, self._stack.single(), result)
+        for chunk in places.split(max(1, _GATHERED // self._stack.rank)):
+            row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
+            ball = self._stack.entries(self._weight[row, column].double(), row, column)
+            self._settle(result, ball, row, column)
 
     def settle(self, result: torch.Tensor) -> None:
         """Write the entries that the first pass left open so far into the result."""

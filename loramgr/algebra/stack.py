@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,10 +11,25 @@ from loramgr.algebra.balls import SLACK, Ball, U
 from loramgr.algebra.compensated import split_product
 from loramgr.algebra.terms import LowRankTerm, Term
 
-__all__ = ["Stack"]
+__all__ = ["SingleStack", "Stack"]
 
 _FLOOR = 2.0**-500
 _LARGE = 2.0**500
+_U32 = 2.0**-24  # unit roundoff of float32
+_FLOOR32 = 2.0**-124
+
+
+@dataclass(frozen=True, slots=True)
+class SingleStack:
+    """A stack in float32, with what bounds W + left @ right computed in it: radius (m,) + relative · |value|.
+
+    The bound covers that the ends value ± bound are computed in float32 too.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    radius: torch.Tensor
+    relative: float
 
 
 class Stack:
@@ -32,6 +48,7 @@ class Stack:
         self._radius = self._bound(bare) if bare.shape[1] else empty.new_zeros((rows, 1))
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._exact_factors = True
+        self._columns: torch.Tensor | None = None
 
     @classmethod
     def of(cls, terms: Sequence[Term], weight: torch.Tensor) -> Stack:
@@ -51,6 +68,11 @@ class Stack:
         radius = size * (largest + _FLOOR) * SLACK
         return torch.where(bare.abs().sum(dim=1, keepdim=True) < _LARGE, radius, torch.inf)
 
+    @property
+    def rank(self) -> int:
+        """The sum of the terms' ranks."""
+        return self._left.shape[1]
+
     def added(self, start: torch.Tensor, rows: slice) -> Ball:
         """Return start + left @ right for the given rows; the float64 tensor `start` is overwritten.
 
@@ -61,6 +83,32 @@ class Stack:
         if self._left.shape[1]:
             start.addmm_(self._left[rows], self._right)
         return Ball(start, self._radius[rows], self._relative)
+
+    def entries(self, start: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Ball:
+        """Return start + left @ right for the entries (row, column); all (k,), the bound is that of `added`."""
+        if self._columns is None:
+            self._columns = self._right.T.contiguous()
+        value = start + (self._left[row] * self._columns[column]).sum(dim=1)
+        return Ball(value, self._radius[row, 0], self._relative)
+
+    def single(self) -> SingleStack:
+        """Return the stack in float32.
+
+        The bound is that of `added` with k = R + 4 roundings of 2^-24: two to bring the factors to float32, the
+        product's, R of the sum, and the two of float64 in the left factor, together less than one. Computing the ends
+        takes three more of |value| and of the bound, and the bound itself two; 8 · 2^-24 and a slack of 2^-16 cover
+        these. What is lost below 2^-126, in a GPU that flushes subnormals all of it, is less than 2^-124 for each of
+        the operations, in a factor times the other one.
+        """
+        rank = self._left.shape[1]
+        roundings = (rank + 4) * _U32
+        relative = roundings / (1 - 2 * roundings) if roundings < 0.25 else float("inf")
+        size, largest = self._left.abs().sum(dim=1), self._right.abs()
+        largest = torch.where(largest.isfinite(), largest, 0.0).amax() if largest.numel() else size.new_zeros(())
+        floor = _FLOOR32 * (rank + 4) * (1 + size) * (1 + largest)
+        radius = ((2 * relative * size * largest + floor) * (1 + 2.0**-16)).float()
+        left, right = self._left.float(), self._right.float().contiguous()
+        return SingleStack(left, right, radius, relative * (1 + 2.0**-16) + 8 * _U32)
 
     def untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return where nothing is added for certain, because a row or column of the factors is zero; all (k,)."""

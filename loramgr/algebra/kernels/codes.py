@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["counted", "decoded", "encoded", "merged_bits", "turned"]
+__all__ = ["counted", "decoded", "encoded", "merged_bits", "rounded", "turned", "valued"]
 
 # Two 16-bit weights in one register, as the functions below do it for one, in half the instructions (sm_90).
 # In: bits, two deltas. Out: merged bits, and both codes as of `_difference` in four bits (twice).
@@ -141,7 +141,13 @@ def _value(raw, KIND: tl.constexpr):
 
 
 @triton.jit
-def _rounded(x, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
+def valued(bits, KIND: tl.constexpr):
+    """Return loaded bits as float32 numbers."""
+    return _value(_raw(bits, KIND), KIND)
+
+
+@triton.jit
+def rounded(x, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return the bits of float32 numbers rounded to nearest even."""
     raw = x.to(tl.int32, bitcast=True)
     if KIND == "bf16" and INTERPRETED:
@@ -190,7 +196,7 @@ def _corrected(loaded, x, codes, KIND: tl.constexpr):
 @triton.jit
 def merged_bits(bits, delta, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
     """Return the bits of round(W + D)."""
-    return _rounded(_value(_raw(bits, KIND), KIND) + delta, KIND, INTERPRETED)
+    return rounded(valued(bits, KIND) + delta, KIND, INTERPRETED)
 
 
 @triton.jit

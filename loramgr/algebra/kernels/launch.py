@@ -16,7 +16,7 @@ from loramgr.algebra.kernels.passes import restore_tiles, tile_pass
 from loramgr.algebra.kernels.tiled import BLOCK, CAPACITY, TiledResidual
 from loramgr.algebra.residual import BITS, Origin
 
-__all__ = ["is_transposed", "merged", "origin_of", "replaced", "runs_on", "settle", "unmerged"]
+__all__ = ["device_of", "is_transposed", "merged", "origin_of", "replaced", "runs_on", "settle", "unmerged"]
 
 VERSION = 1  # goes up whenever the bits of a delta change, as they do with the steps of the rank
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -113,7 +113,7 @@ def _prepare(weight: torch.Tensor, residual: TiledResidual) -> None:
         residual.pending = None
     if residual.whole_tiles.numel():
         bits = _oriented(weight, residual.transposed)
-        with _on(weight):
+        with device_of(weight):
             restore_tiles[(residual.whole_tiles.numel(),)](
                 bits, *bits.shape, *bits.stride(), residual.whole_tiles, residual.whole, BLOCK_M=BLOCK, BLOCK_N=BLOCK
             )
@@ -155,7 +155,7 @@ def _pass(
     tiles = -(-rows // BLOCK) * -(-columns // BLOCK)
     if whole is not None:
         tiles, given = whole[0].numel(), (given[0], whole[1], whole[0])
-    with _on(weight):
+    with device_of(weight):
         tile_pass[(tiles,)](
             bits, rows, columns, *bits.stride(),
             *_arguments(bits, None if old is None else old[0], transposed), *_arguments(bits, new, transposed),
@@ -206,5 +206,6 @@ def _oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     return bits.T if transposed else bits
 
 
-def _on(weight: torch.Tensor) -> AbstractContextManager[Any]:
+def device_of(weight: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the weight's GPU the current one for the block, so that kernels are launched there."""
     return torch.cuda.device(weight.device) if weight.is_cuda else nullcontext()

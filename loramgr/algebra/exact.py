@@ -30,6 +30,7 @@ TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in t
 _GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
 _GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
+_MANY = 16  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
 
 
 def merge_exact(
@@ -58,8 +59,7 @@ def merge_exact(
     if weight.numel() == 0:
         return result
     merge = _Merge(weight, [_on_device(term, weight.device) for term in terms])
-    if merges_by_kernel(weight, terms, dtype):
-        merge.fill_by_kernel(result)
+    if merges_by_kernel(weight, terms, dtype) and merge.fill_by_kernel(result):
         return result
     step = max(1, (TILE * torch.get_num_threads() if weight.device.type == "cpu" else _GPU_TILE) // weight.shape[1])
     for start in range(0, weight.shape[0], step):
@@ -70,7 +70,8 @@ def merge_exact(
 
 def merges_by_kernel(weight: torch.Tensor, terms: Sequence[Term], dtype: torch.dtype) -> bool:
     """Say whether the first pass over the weight is the Triton kernel's: 16-bit floats, low-rank terms, on a GPU."""
-    if not terms or not weight.numel() or not all(isinstance(term, LowRankTerm) for term in terms):
+    low_rank = [term for term in terms if isinstance(term, LowRankTerm)]
+    if len(low_rank) != len(terms) or not sum(term.left.shape[1] for term in low_rank) or not weight.numel():
         return False
     kernels = screening_kernels(weight)
     return kernels is not None and kernels.takes(weight, dtype)
@@ -116,15 +117,21 @@ class _Merge:
             if sum(column.numel() for _, _, column in self._pending) >= _GATHER:
                 self.settle(result)
 
-    def fill_by_kernel(self, result: torch.Tensor) -> None:
-        """Write the whole merged weight into the result, by kernel but for what that leaves open."""
+    def fill_by_kernel(self, result: torch.Tensor) -> bool:
+        """Write the whole merged weight into the result, by kernel but for what that leaves open; False for too much.
+
+        As with high ranks in float16, whose numbers lie close; the weight is then best merged in float64 as a whole.
+        """
         kernels = screening_kernels(self._weight)
         assert kernels is not None
         places = kernels.screen_by_kernel(self._weight, self._stack.single(), result)
+        if places.numel() > result.numel() // _MANY:
+            return False
         for chunk in places.split(max(1, _GATHERED // self._stack.rank)):
             row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
             ball = self._stack.entries(self._weight[row, column].double(), row, column)
             self._settle(result, ball, row, column)
+        return True
 
     def settle(self, result: torch.Tensor) -> None:
         """Write the entries that the first pass left open so far into the result."""

@@ -42,7 +42,7 @@ BITS = {
 }
 PER_WORD = 16
 ESCAPED = 3
-_TILE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements: the caches of a core, and enough to fill a GPU
+_TILE = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements: the caches of a core, and enough to fill a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +179,10 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 def _encode(weight: torch.Tensor, candidate: torch.Tensor) -> Residual:
     bits = weight.view(BITS[weight.dtype])
     difference = bits - candidate.view(BITS[weight.dtype])
-    codes = torch.where(difference == 0, 0, ESCAPED).to(torch.uint8)
-    codes[difference == 1] = 1
-    codes[difference == -1] = 2
-    codes[candidate.isnan()] = ESCAPED
+    codes = torch.full(difference.shape, ESCAPED, dtype=torch.uint8, device=weight.device)
+    for step, code in ((0, 0), (1, 1), (-1, 2)):
+        codes.masked_fill_(difference == step, code)
+    codes.masked_fill_(candidate.isnan(), ESCAPED)
     positions = (codes == ESCAPED).reshape(-1).nonzero()[:, 0]
     values = bits.reshape(-1)[positions]
     return Residual((weight.shape[0], weight.shape[1]), weight.dtype, code_words(codes), positions, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
@@ -16,20 +17,24 @@ __all__ = ["SingleStack", "Stack"]
 _FLOOR = 2.0**-500
 _LARGE = 2.0**500
 _U32 = 2.0**-24  # unit roundoff of float32
-_FLOOR32 = 2.0**-124
+_SLACK32 = 1.0 + 2.0**-16
+_FLOOR32 = 2.0**-115
+_WITHIN = 2.0**8
 
 
 @dataclass(frozen=True, slots=True)
 class SingleStack:
-    """A stack in float32, with what bounds W + left @ right computed in it: radius (m,) + relative · |value|.
+    """A stack in float32: what bounds W + left @ right computed in it is rows · columns + relative · |value| + floor.
 
-    The bound covers that the ends value ± bound are computed in float32 too.
+    `rows` (m,) and `columns` (n,) are float32. The bound covers that the ends value ± bound are computed in it too.
     """
 
     left: torch.Tensor
     right: torch.Tensor
-    radius: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
     relative: float
+    floor: float
 
 
 class Stack:
@@ -95,20 +100,26 @@ class Stack:
         """Return the stack in float32.
 
         The bound is that of `added` with k = R + 4 roundings of 2^-24: two to bring the factors to float32, the
-        product's, R of the sum, and the two of float64 in the left factor, together less than one. Computing the ends
-        takes three more of |value| and of the bound, and the bound itself two; 8 · 2^-24 and a slack of 2^-16 cover
-        these. What is lost below 2^-126, in a GPU that flushes subnormals all of it, is less than 2^-124 for each of
-        the operations, in a factor times the other one.
+        product's, R of the sum, and those of float64 in the left factor, together less than one. S is at most the norm
+        of the row of left times that of the column of right (Cauchy, Schwarz). Computing the bound and the ends takes
+        at most eight more roundings of |value|, and a few of the bound, which the slack covers. What is lost below
+        2^-126, all of it in a GPU that flushes subnormals, is for factors below 2^8 less than 2^-118 in each factor and
+        2^-126 in each operation: 2^-115 · (R + 4) is more. Rows and columns beyond 2^8 get an infinite bound.
         """
         rank = self._left.shape[1]
         roundings = (rank + 4) * _U32
-        relative = roundings / (1 - 2 * roundings) if roundings < 0.25 else float("inf")
-        size, largest = self._left.abs().sum(dim=1), self._right.abs()
-        largest = torch.where(largest.isfinite(), largest, 0.0).amax() if largest.numel() else size.new_zeros(())
-        floor = _FLOOR32 * (rank + 4) * (1 + size) * (1 + largest)
-        radius = ((2 * relative * size * largest + floor) * (1 + 2.0**-16)).float()
-        left, right = self._left.float(), self._right.float().contiguous()
-        return SingleStack(left, right, radius, relative * (1 + 2.0**-16) + 8 * _U32)
+        relative = roundings / (1 - 2 * roundings) if roundings < 0.25 else inf
+        rows = self._left.norm(dim=1) * (2 * relative * _SLACK32)
+        columns = self._right.norm(dim=0)
+        within = self._left.abs().amax(dim=1) < _WITHIN
+        return SingleStack(
+            self._left.float(),
+            self._right.float().contiguous(),
+            torch.where(within, rows, inf).float(),
+            torch.where(columns < _WITHIN, columns, inf).float(),
+            relative * _SLACK32 + 8 * _U32,
+            _FLOOR32 * (rank + 4),
+        )
 
     def untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return where nothing is added for certain, because a row or column of the factors is zero; all (k,)."""

@@ -22,7 +22,7 @@ _LARGE = tl.constexpr(3.0e38)
 
 @triton.jit
 def _screen_tile(
-    weight, result, marks, left, right, radius, relative, m, n, rank, stride_m, stride_n,
+    weight, result, marks, left, right, row_bound, column_bound, relative, floor, m, n, rank, stride_m, stride_n,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Merge one tile and mark what is open: where the ends of the interval round differently, or are not finite."""
@@ -37,7 +37,9 @@ def _screen_tile(
         factor = tl.load(left + k * m + rows, mask=row_there, other=0.0)
         other = tl.load(right + k * n + columns, mask=column_there, other=0.0)
         value += factor[:, None] * other[None, :]
-    reach = tl.load(radius + rows, mask=row_there, other=0.0)[:, None] + relative * tl.abs(value)
+    row_part = tl.load(row_bound + rows, mask=row_there, other=0.0)
+    column_part = tl.load(column_bound + columns, mask=column_there, other=0.0)
+    reach = row_part[:, None] * column_part[None, :] + relative * tl.abs(value) + floor
     high = rounded(value + reach, KIND, INTERPRETED)
     is_open = (high != rounded(value - reach, KIND, INTERPRETED)) | ~(reach < _LARGE)
     places = rows[:, None] * n + columns[None, :]
@@ -59,12 +61,13 @@ def screen_by_kernel(weight: torch.Tensor, stack: SingleStack, result: torch.Ten
         rows = slice(start, min(start + step, m))
         bits, into = (tensor[rows].view(BITS[weight.dtype]) for tensor in (weight, result))
         marks = torch.empty(bits.shape, dtype=torch.int8, device=weight.device)
-        left, radius = stack.left[rows].T.contiguous(), stack.radius[rows]
+        left = stack.left[rows].T.contiguous()
         grid = (triton.cdiv(bits.shape[0], _BLOCK_M) * triton.cdiv(n, _BLOCK_N),)
         with device_of(weight):
             _screen_tile[grid](
-                bits, into, marks, left, stack.right, radius, stack.relative, *bits.shape, left.shape[0],
-                *bits.stride(), KIND=KINDS[weight.dtype], BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, INTERPRETED=INTERPRETED,
+                bits, into, marks, left, stack.right, stack.rows[rows], stack.columns, stack.relative, stack.floor,
+                *bits.shape, left.shape[0], *bits.stride(),
+                KIND=KINDS[weight.dtype], BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, INTERPRETED=INTERPRETED,
             )  # fmt: skip
         found.append(marks.view(-1).nonzero()[:, 0] + start * n)
     return torch.cat(found)

@@ -1,6 +1,6 @@
 """Measures the exact merge against what gives no such promise: a float32 `addmm`, and float64 with one rounding.
 
-    python benchmarks/exact_merge.py [--size N] [--runs N] [--threads N]
+    python benchmarks/exact_merge.py [--size N] [--runs N] [--threads N] [--device cpu|cuda]
 
 Each adapter is low-rank and in float32. GB/s are bytes of the weight over the median time; all are run in turns so that
 a busy machine slows all of them. The last column counts the weights that the float32 `addmm` does not round correctly.
@@ -46,13 +46,16 @@ def seconds(merge: Merge, weight: torch.Tensor, term: LowRankTerm) -> float:
     """Return how long one merge takes."""
     start = time.perf_counter()
     merge(weight, term)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def row(weight: torch.Tensor, rank: int, runs: int) -> str:
     """Return one line of the table."""
     rows, columns = weight.shape
-    term = LowRankTerm(torch.randn(rows, rank) / 50, torch.randn(rank, columns) / 50, SCALING)
+    left, right = (torch.randn(shape, device=weight.device) / 50 for shape in ((rows, rank), (rank, columns)))
+    term = LowRankTerm(left, right, SCALING)
     merges = (proved, addmm, plain_float64)
     rounds = [[seconds(merge, weight, term) for merge in merges] for _ in range(runs + 1)]
     gigabytes = weight.numel() * weight.element_size() / 1e9
@@ -68,10 +71,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    weight = torch.randn(arguments.size, arguments.size) / 50
+    weight = torch.randn(arguments.size, arguments.size, device=arguments.device) / 50
     print("| weight | rank | exact | float32 addmm | plain float64 | wrong in float32 |")
     print("|---|---|---|---|---|---|")
     for dtype in DTYPES:
@@ -80,7 +84,8 @@ def main() -> None:
     print(
         f"\nmedians of {arguments.runs} runs, {arguments.size}², {arguments.threads} threads, torch {torch.__version__}"
     )
-    print(f"Python {platform.python_version()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    where = torch.cuda.get_device_name(weight.device) if weight.is_cuda else torch.backends.cpu.get_cpu_capability()
+    print(f"Python {platform.python_version()}, {platform.machine()}, {where}")
 
 
 if __name__ == "__main__":

@@ -70,15 +70,13 @@ def test_exact_merges_have_the_bits_of_the_cpu(workspace: Workspace, tmp_path: P
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize(("numerics", "kernel"), [("exact", "torch"), ("fast", "triton")])
-def test_in_place_switched_and_back(
-    workspace: Workspace, world: Path, tmp_path: Path, numerics: str, kernel: str
-) -> None:
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_in_place_switched_and_back(workspace: Workspace, world: Path, tmp_path: Path, numerics: str) -> None:
     model, options = tmp_path / "model", MergeOptions(numerics=numerics)
     shutil.copytree(world / "base", model)
-    assert workspace.merge_in_place(str(model), ["all"], options).kernel == kernel
+    assert workspace.merge_in_place(str(model), ["all"], options).kernel == "triton"
     assert workspace.verify_merge(model).ok
-    assert workspace.switch(model, ["few"], options).kernel == kernel
+    assert workspace.switch(model, ["few"], options).kernel == "triton"
     assert workspace.unmerge(model).source == "residual"
     workspace.merge_in_place(str(model), ["all"], options)
     assert workspace.unmerge(model, tmp_path / "back", device="cpu").exact

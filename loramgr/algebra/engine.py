@@ -1,8 +1,9 @@
 """The one door to merging in place: merge, unmerge and switch tensors of any device and strides.
 
 Fast merges run as Triton kernels where these take the weight (CUDA, 16- and 32-bit floats, or the CPU with
-TRITON_INTERPRET=1), all else in plain torch; what is returned says which. In plain torch, everything is computed before
-the first byte of a weight changes. The kernels write as they go, and undo what they did when something fails.
+TRITON_INTERPRET=1), all else in plain torch, exact merges of 16-bit floats after a first pass by kernel; what is
+returned says which. In plain torch, everything is computed before the first byte of a weight changes. The kernels write
+as they go, and undo what they did when something fails.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import ModuleType
 import torch
 
 from loramgr.algebra import fast, plain
+from loramgr.algebra.exact import merges_by_kernel
 from loramgr.algebra.factors import Factors
 from loramgr.algebra.kernels.tiled import TiledResidual, tiled
 from loramgr.algebra.plain import Change, ExactTerms
@@ -141,12 +143,14 @@ def portable(residual: Kept) -> Residual:
 
 
 def _merge_plainly(weight: torch.Tensor, change: Change, residual: bool) -> Merged:
+    exact_by_kernel = isinstance(change, ExactTerms) and merges_by_kernel(weight, change.terms, weight.dtype)
+    kernel = "triton" if exact_by_kernel else "torch"
     if not residual:
         weight.copy_(plain.merged(weight, change))
-        return Merged(None, "torch")
+        return Merged(None, kernel)
     result, kept = plain.merged_with_residual(weight, change)
     weight.copy_(result)
-    return Merged(kept, "torch")
+    return Merged(kept, kernel)
 
 
 def _switch_by_kernel(

@@ -30,7 +30,7 @@ TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in t
 _GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
 _GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
-_MANY = 16  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
+_MANY = 32  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
 
 
 def merge_exact(

@@ -110,7 +110,7 @@ class Merger:
         when it is not finite.
         """
         from loramgr.algebra.casting import rounded
-        from loramgr.algebra.exact import merge_exact
+        from loramgr.algebra.exact import merge_exact, merges_by_kernel
         from loramgr.tensors import from_bytes, torch_dtype
 
         dtype = torch_dtype(target.dtype)
@@ -124,7 +124,8 @@ class Merger:
             if device == "cpu" and start.shape == target.shape:
                 out = from_bytes(memory("result", target.nbytes), target).view(matrix.shape)
             merged = merge_exact(matrix, terms, dtype=dtype, by_column=by_column, out=out).cpu().reshape(start.shape)
-            computed = Computed(merged.contiguous(), "torch", {})
+            kernel = "triton" if merges_by_kernel(matrix, terms, dtype) else "torch"
+            computed = Computed(merged.contiguous(), kernel, {})
         else:
             computed = Computed(rounded(start, dtype).contiguous(), "torch", {})
         if not self.force:

@@ -24,6 +24,7 @@ def test_the_package_offers_the_workspace_with_its_options_the_records_and_the_e
         "ComposeOptions",
         "ExtractOptions",
         "MergeOptions",
+        "ReadHints",
         "ResizeOptions",
         "Retention",
         "VersionQuery",

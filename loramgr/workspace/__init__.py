@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loramgr.catalog.query import VersionQuery
+from loramgr.hints import ReadHints
 from loramgr.workspace.options import AddOptions, ComposeOptions, ExtractOptions, MergeOptions, ResizeOptions, Retention
 from loramgr.workspace.workspace import Workspace
 
@@ -11,6 +12,7 @@ __all__ = [
     "ComposeOptions",
     "ExtractOptions",
     "MergeOptions",
+    "ReadHints",
     "ResizeOptions",
     "Retention",
     "VersionQuery",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loramgr.catalog.query import VersionQuery
+from loramgr.hints import ReadHints
 from loramgr.records import (
     AddedVersion,
     Addition,
@@ -23,6 +24,7 @@ from loramgr.records import (
     DerivedVersion,
     DiffReport,
     ExportReport,
+    FileReport,
     GcReport,
     HistoryEntry,
     InspectReport,
@@ -57,24 +59,30 @@ Bases = list[BaseRecord]
 Versions = list[VersionRecord]
 Entries = list[HistoryEntry]
 Usages = list[Usage]
+Where = Path | str | None
+Hints = ReadHints | None
+Inspection = InspectReport | FileReport
 
 
 class Workspace:
     """A home folder with a store and a catalog, made on first use.
 
     `home` None means `LORAMGR_HOME`, else the platform's folder for user data; `jobs` None means one thread per core;
-    `progress` shows bars on a terminal. Every method raises a subclass of `LoramgrError` for what a person can
-    mend, and leaves catalog, store and outputs as they were when it does.
+    `progress` shows bars on a terminal; `hints` is what adapters given as paths do not say. Every method raises a
+    subclass of `LoramgrError` for what a person can mend, and leaves catalog, store and outputs as they were then.
     """
 
-    def __init__(self, home: Path | str | None = None, *, jobs: int | None = None, progress: bool = False) -> None:
+    def __init__(
+        self, home: Where = None, *, jobs: int | None = None, progress: bool = False, hints: Hints = None
+    ) -> None:
         self.home = default_home() if home is None else Path(home)
         self._jobs = jobs or os.cpu_count() or 1
         self._progress = progress
+        self._hints = hints
 
     @cached_property
     def _opened(self) -> Home:
-        return Home.open(self.home, self._jobs, self._progress)
+        return Home.open(self.home, self._jobs, self._progress, self._hints)
 
     def base_add(self, source: str | Path, name: str | None = None) -> BaseRecord:
         """Fingerprint a folder, file or `hf://` address and register it as a base."""
@@ -148,7 +156,7 @@ class Workspace:
 
         return usage(self._opened, by)
 
-    def inspect(self, ref: str, *, spectrum: bool = False, plot: Path | str | None = None) -> InspectReport:
+    def inspect(self, ref: str, *, spectrum: bool = False, plot: Path | str | None = None) -> Inspection:
         """Report what the tensors of a version, or of an adapter on disk, say; `plot` is a picture file to write."""
         from loramgr.workspace import inspecting
 
@@ -160,11 +168,11 @@ class Workspace:
 
         return diffing.diff(self._opened, a, b, spectrum=spectrum, plot=plot)
 
-    def export(self, ref: str, output: Path | str) -> ExportReport:
-        """Write the files of an adapter as they came."""
-        from loramgr.workspace import adapters
+    def export(self, ref: str, output: Path | str, format: str | None = None, base: str | None = None) -> ExportReport:
+        """Write an adapter for another tool: its files as they came, or in another format."""
+        from loramgr.workspace import exporting
 
-        return adapters.export_adapter(self._opened, ref, Path(output))
+        return exporting.export_adapter(self._opened, ref, Path(output), format, base)
 
     def compose(
         self,

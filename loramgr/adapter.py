@@ -7,84 +7,87 @@ are `TensorView`s, loaded when an update is applied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from loramgr.tensorfile import TensorSpec, TensorView
+from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec, TensorView
+from loramgr.updates import (
+    Butterfly,
+    Decomposed,
+    Delta,
+    Experts,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    LowRankKind,
+    Opaque,
+    Orthogonal,
+    Patch,
+    Replacement,
+    Rows,
+    Scale,
+    Shift,
+    Update,
+    rank_of,
+    whole_tensor,
+)
 
-__all__ = ["Adapter", "LowRank", "Replacement", "Rows", "Shift", "Update"]
+__all__ = [
+    "Adapter",
+    "Butterfly",
+    "Decomposed",
+    "Delta",
+    "Experts",
+    "FileHash",
+    "Hadamard",
+    "Kronecker",
+    "LowRank",
+    "LowRankKind",
+    "Naming",
+    "Opaque",
+    "Orthogonal",
+    "Patch",
+    "Replacement",
+    "Rows",
+    "Scale",
+    "Shift",
+    "Update",
+    "rank_of",
+    "whole_tensor",
+]
 
-LowRankKind = Literal["linear", "embedding", "conv"]
+
+class Naming(Protocol):
+    """How a format's own names and layouts become those of a base."""
+
+    @property
+    def described(self) -> str:
+        """What the names are until then, in a clause for a person."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the updates mean nothing without it; else it only settles what a base's shapes show."""
+
+    def resolve(
+        self, updates: Mapping[str, Update], specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None
+    ) -> dict[str, Update]:
+        """Return the updates by their names in the base; IncompatibleError, naming the module, where one has none.
+
+        `specs` are the base's tensors, tied names that its file leaves out among them, `config` its config.json, None
+        without one.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """W becomes W + scaling · lora_B lora_A (Hu et al. 2021, arXiv 2106.09685), or its decomposition by DoRA.
+class FileHash:
+    """What an adapter records of its base's one file, as bare hex: `sha256` of all its bytes.
 
-    `lora_A` is (r, in), `lora_B` (out, r); for a convolution they carry the kernel, (r, in, k…) and (out, r, 1…), for
-    an embedding W is (vocabulary, dim), `lora_A` (r, vocabulary) and `lora_B` (dim, r), and the product is transposed.
-    `fan_in_fan_out` is what the configuration says of the layer (W stored as (in, out)); shapes have the last word.
-    With `magnitude` (DoRA, arXiv 2402.09353) W becomes magnitude · V / ‖V‖ with V = W + scaling · lora_B lora_A, the
-    norm taken per output. `table` takes W's place first, when the adapter carries the whole tensor too; else None.
+    `piece` is the first 8 digits of the sha256 of the 64 KiB that begin at 1 MiB, None where only the whole is known.
     """
 
-    kind: LowRankKind
-    lora_A: TensorView
-    lora_B: TensorView
-    rank: int
-    alpha: float
-    scaling: float
-    fan_in_fan_out: bool = False
-    magnitude: TensorView | None = None
-    table: TensorView | None = None
-
-    def views(self) -> Iterator[TensorView]:
-        """Yield the tensors that the update is made of."""
-        yield from (view for view in (self.lora_A, self.lora_B, self.magnitude, self.table) if view is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """b becomes b + scaling · vector (`lora_bias`); `table` takes b's place first, None when it does not."""
-
-    vector: TensorView
-    scaling: float
-    table: TensorView | None = None
-
-    def views(self) -> Iterator[TensorView]:
-        """Yield the tensors that the update is made of."""
-        yield from (view for view in (self.vector, self.table) if view is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """The tensor takes the parameter's place, or is a new parameter that the base lacks (a trained head)."""
-
-    tensor: TensorView
-
-    def views(self) -> Iterator[TensorView]:
-        """Yield the tensors that the update is made of."""
-        yield self.tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The given rows of W are replaced (trainable tokens); `rows` is (len(indices), dim), absolute values.
-
-    `table` takes W's place first, None when it does not.
-    """
-
-    indices: tuple[int, ...]
-    rows: TensorView
-    table: TensorView | None = None
-
-    def views(self) -> Iterator[TensorView]:
-        """Yield the tensors that the update is made of."""
-        yield from (view for view in (self.rows, self.table) if view is not None)
-
-
-Update = LowRank | Shift | Replacement | Rows
+    sha256: str
+    piece: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,11 @@ class Adapter:
     its update; `config` is the parsed configuration; `alpha` and `scaling` are its general ones, None where it has
     none; `target_modules` as the configuration lists them; `task_type` as PEFT spells it, None when it says nothing;
     `base_name` is what the configuration calls its base; `base_digest` the recorded digest of it, None when there is
-    none; `keeps_ties` says that tied names are to stay tied; `warnings` are sentences for the person.
+    none; `keeps_ties` says that tied names are to stay tied; `warnings` are sentences for the person. `naming` turns
+    the format's own names and layouts into a base's, None where they are the base's already; `hints` is what a person
+    had to say so that it could be read (alpha), as JSON; `dialect` and `evidence` say how the format was recognised;
+    `obstacle` is why the adapter cannot be merged, a clause that names the method, None where it can; `base_file` is
+    the hash of the base's file, None where the format keeps none.
     """
 
     format: str
@@ -111,14 +118,32 @@ class Adapter:
     base_digest: str | None = None
     keeps_ties: bool = False
     warnings: tuple[str, ...] = field(default=())
+    obstacle: str | None = None
+    naming: Naming | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    dialect: str | None = None
+    evidence: tuple[str, ...] = ()
+    base_file: FileHash | None = None
+
+    def resolved(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Adapter:
+        """Return the adapter with the names and layouts of a base, itself where it has them already.
+
+        `specs` are the base's tensors, tied names that its file leaves out among them, `config` its config.json, None
+        without one. Raises IncompatibleError, naming the module, where the base has none of that name.
+        """
+        if self.naming is None:
+            return self
+        return replace(
+            self, updates=dict(sorted(self.naming.resolve(self.updates, specs, config).items())), naming=None
+        )
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module → rank of its low-rank update."""
+        """Module → rank of its update, where that has one."""
         return {
-            name.removesuffix(".weight"): update.rank
+            name.removesuffix(".weight"): rank
             for name, update in sorted(self.updates.items())
-            if isinstance(update, LowRank)
+            if (rank := rank_of(update)) is not None
         }
 
     @property
@@ -135,6 +160,7 @@ class Adapter:
     def dtype(self) -> str:
         """The dtype that most of the values have, as safetensors spells it."""
         counts: Counter[str] = Counter()
-        for spec in self.specs:
+        floats = [spec for spec in self.specs if spec.dtype in FLOAT_DTYPES]
+        for spec in floats or self.specs:  # places are integers, and no weights
             counts[spec.dtype] += spec.elements
         return counts.most_common(1)[0][0] if counts else "F32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DiffReport", "DiffSummary", "ModuleDifference", "ModuleError", "ModuleRecord"]
+__all__ = ["DiffReport", "DiffSummary", "FileReport", "ModuleDifference", "ModuleError", "ModuleRecord"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,22 @@ class DiffReport:
     summary: DiffSummary
     plot: str | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a path is that is no adapter: a short `kind` (base-model, git-lfs-pointer, …) and `what` in words.
+
+    `evidence` is what was seen, `unexplained` the tensors that no format claims, `hint` the next command, None where
+    there is nothing to do; `format` is None, and `mergeable` False, for no adapter was recognised.
+    """
+
+    path: str
+    kind: str
+    what: str
+    evidence: list[str]
+    unexplained: list[str]
+    hint: str | None = None
+    format: str | None = None
+    method: str | None = None
+    mergeable: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,9 +37,19 @@ class MemoryTensor:
         return self.tensor.detach().contiguous()
 
 
-def read_pickle(path: Path) -> dict[str, MemoryTensor]:
+# what torch and its unpickler raise for damaged bytes, beside their own error
+_UNREADABLE = (
+    RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError,
+    MemoryError, struct.error,
+)  # fmt: skip
+_WRAPPERS = ("model_state_dict", "state_dict")
+_BESIDE = frozenset({"epoch", "step", "global_step", "iteration", "iter"})
+
+
+def read_pickle(path: Path, *, unwrap: bool = False) -> dict[str, MemoryTensor]:
     """Read a flat dictionary of tensors, mapped rather than loaded where the file allows it.
 
+    With `unwrap` it may stand under `model_state_dict` or `state_dict`, with nothing beside it but counters.
     Names that share storage are all there; `drop_shared` says which of them a checkpoint keeps.
     Raises NotFoundError, IncompatibleError for a Git LFS pointer, for a pickle that holds anything but tensors or
     that would run code, and IntegrityError for a truncated file.
@@ -58,9 +69,19 @@ def read_pickle(path: Path) -> dict[str, MemoryTensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except _UNREADABLE as error:
         raise IntegrityError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error
-    return _tensors(path, content)
+    return _tensors(path, _unwrapped(path, content) if unwrap else content)
+
+
+def _unwrapped(path: Path, content: Any) -> Any:
+    wrapper = next((key for key in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    if wrapper is None:
+        return content
+    others = [repr(key) for key in content if key != wrapper and key not in _BESIDE]
+    if others:
+        raise IncompatibleError(f"{path}: beside {wrapper} there is {', '.join(others[:5])}, which nothing explains")
+    return content[wrapper]
 
 
 def _refusal(path: Path, error: Exception) -> IncompatibleError | IntegrityError:

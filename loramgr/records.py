@@ -10,7 +10,7 @@ from typing import Any
 
 from loramgr.errors import LoramgrError
 from loramgr.exchanges import RemoteRecord, RemoteStatus, RemoteVerification, RemoteVersionRecord, TransferReport
-from loramgr.figures import DiffReport, DiffSummary, ModuleDifference, ModuleError, ModuleRecord
+from loramgr.figures import DiffReport, DiffSummary, FileReport, ModuleDifference, ModuleError, ModuleRecord
 
 __all__ = [
     "AddedVersion",
@@ -24,6 +24,7 @@ __all__ = [
     "DiffSummary",
     "ExportReport",
     "FileRecord",
+    "FileReport",
     "GcReport",
     "HistoryEntry",
     "InspectReport",
@@ -186,7 +187,9 @@ class Addition:
 class InspectReport(VersionRecord):
     """A version with what its tensors say; `reason` tells why it is not `mergeable`, and is None when it is.
 
-    `share_of_base` is parameters over the base's, None without a registered base; `plot` the picture, if one was made.
+    `share_of_base` is parameters over the base's, None without a registered base; `plot` the picture, if one was made;
+    `training` is what the file's metadata says of the training (kohya's `ss_*`), empty where it says nothing;
+    `dialect` is the spelling of a format that has several, else None, and `evidence` what the format was recognised by.
     """
 
     modules: list[ModuleRecord]
@@ -195,6 +198,10 @@ class InspectReport(VersionRecord):
     reason: str | None
     share_of_base: float | None
     plot: str | None = None
+    training: dict[str, str] = field(default_factory=dict)
+    dialect: str | None = None
+    evidence: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,8 @@ def read_header(path: Path) -> SafetensorsHeader:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise IntegrityError(f"{path}: the safetensors metadata is not a map of strings")
+    for text in (text for pair in (metadata or {}).items() for text in pair):
+        _check_text(path, text)
     data_start = 8 + len(raw)
     placed = sorted(
         (_tensor(path, name, entry, data_start) for name, entry in content.items()),
@@ -168,7 +170,17 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         raise IntegrityError(f"{path}: the safetensors header is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise IntegrityError(f"{path}: the safetensors header is not a JSON object")
+    for name in content:
+        _check_text(path, name)
     return content
+
+
+def _check_text(path: Path, text: str) -> None:
+    """JSON can escape half of a character, which no other tool could write to a file or a terminal again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise IntegrityError(f"{path}: the safetensors header holds a text that is not Unicode: {text!a}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -272,7 +272,7 @@ BAD: list[tuple[dict[str, Update], dict[str, tuple[int, ...]], str]] = [
     ({Q: low_rank(6, 4, magnitude=tensor(4))}, BASE, "does not fit"),
     ({Q: low_rank(6, 4, lora_A=tensor(8))}, BASE, "does not fit"),
     ({Q: low_rank(6, 4, kind="conv")}, {Q: (6, 4, 3, 3)}, "does not fit"),
-    ({Q: low_rank(6, 4)}, {Q: (6, 4, 1, 1)}, "does not fit"),
+    ({Q: low_rank(6, 4)}, {Q: (6, 4, 2, 1)}, "does not fit"),
     ({Q: low_rank(6, 4)}, {Q: (24,)}, "does not fit"),
     ({Q: embedding(6, 5)}, BASE, "does not fit"),
     ({EMBED: embedding(4, 10)}, BASE, "does not fit"),

@@ -22,7 +22,18 @@ ALLOWED = {
     **{module: {"", *LOWER} for module in LOWER},
 }
 HEAVY = {
-    "torch": {"algebra", "checkpoints", "formats", "tensors", "tensorfile", "pickles", "workspace"},
+    "torch": {
+        "algebra",
+        "checkpoints",
+        "formats",
+        "tensors",
+        "tensorfile",
+        "pickles",
+        "products",
+        "views",
+        "workspace",
+    },
+    "gguf": {"formats"},
     "numpy": set(),
     "transformers": set(),
     "peft": set(),

@@ -72,7 +72,7 @@ def test_the_keys_that_no_rule_explains(name: str) -> None:
     [
         (["a.lora_A.weight", "a.lora_B.x.weight"], "do not agree on one adapter's name"),
         (["a.lora_A.x.weight", "a.lora_B.y.weight"], "'base_model.model.a.lora_A.x.weight', 'base_model"),
-        (["a.base_layer.out_proj.lora_A.weight"], "MultiheadAttention"),
+        (["a.base_layer.out_proj.lora_A.weight"], "wrapper inside a wrapper"),
         (["a.base_layer.lora_A.weight"], "wrapper inside a wrapper"),
         (["a.base_layer.base_layer.weight"], "wrapper inside a wrapper"),
         (["a.b.weight", "a.modules_to_save.default.b.weight"], "saved module inside a saved module"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields
-from loramgr.formats.peft_variants import peft_type, refuse_variants
+from loramgr.formats.peft_methods import TUNERS, method_name, obstacle_of
+from loramgr.formats.peft_variants import kept_whole, obstacle_of_variant, peft_type, refuse_variants
 
 UNSET = [None, False, {}, [], ""]
 
@@ -22,16 +23,6 @@ def _check(**content: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("alora_invocation_tokens", [1], "aLoRA"),
-        ("layer_replication", [[0, 2]], "layer_replication"),
-        ("target_parameters", ["mlp.experts.down_proj"], "target_parameters"),
-        ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
-        ("kasa_config", {"beta": 1}, "KaSA"),
-        ("use_qalora", True, "QALoRA"),
-        ("arrow_config", {"top_k": 3}, "Arrow"),
-        ("velora_config", {"scale": 1.0}, "VeLoRA"),
-        ("monteclora_config", {"num_samples": 8}, "MonteCLoRA"),
-        ("enable_lora", [True, False, True], "enable_lora"),
         ("megatron_config", {"x": 1}, "Megatron"),
         ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
         ("use_something_new", True, "'use_something_new' with the value True is not known"),
@@ -71,13 +62,35 @@ def test_initialisations_that_leave_the_base(init: object) -> None:
     _check(init_lora_weights=init)
 
 
-@given(st.text(min_size=1).filter(lambda text: text.upper() not in ("LORA", "TRAINABLE_TOKENS")))
-def test_no_other_method_passes(name: str) -> None:
-    with pytest.raises(IncompatibleError, match="peft_type"):
-        _check(peft_type=name)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("alora_invocation_tokens", [1], "aLoRA"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("use_qalora", True, "QALoRA"),
+        ("arrow_config", {"top_k": 3}, "Arrow"),
+        ("kasa_config", {"beta": 1}, "KaSA"),
+    ],
+)
+def test_variants_that_are_kept_and_not_merged(key: str, value: object, message: str) -> None:
+    for each, expected in ((value, message), *((unset, None) for unset in UNSET)):
+        fields = Fields(Path("adapter_config.json"), {"peft_type": "LORA", key: each})
+        refuse_variants(fields, "LORA")
+        kept = kept_whole(fields)
+        reason = obstacle_of_variant(fields, "LORA") or (kept and kept[1])
+        assert (reason is None) if expected is None else (expected in str(reason))
+
+
+@given(st.text(min_size=1))
+def test_every_method_has_a_name_and_others_an_obstacle(name: str) -> None:
+    method = peft_type(Fields(Path("adapter_config.json"), {"peft_type": name}))
+    assert method == name.upper()
+    assert method_name(method)
+    assert obstacle_of(method)
 
 
 def test_every_key_of_peft_is_known_or_refused() -> None:
+    import peft
     from peft import LoraConfig, TrainableTokensConfig
     from peft.utils import PeftType
 
@@ -91,7 +104,10 @@ def test_every_key_of_peft_is_known_or_refused() -> None:
                 _check(**{field.name: 7})
             except IncompatibleError as error:
                 assert unknown not in error.message, field.name  # noqa: PT017
-    for method in PeftType:
-        if method.value not in ("LORA", "TRAINABLE_TOKENS"):
-            with pytest.raises(IncompatibleError, match=f"peft_type {method.value} "):
-                _check(peft_type=method.value)
+    for method in TUNERS:
+        config = getattr(peft, peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)].__name__)
+        for key in {field.name for field in dataclasses.fields(config)} - {"peft_type"}:
+            try:
+                _check(**{"peft_type": method, key: 7})
+            except IncompatibleError as error:
+                assert unknown not in error.message or method == "ADALORA", (method, key)  # noqa: PT017

@@ -26,6 +26,7 @@ def test_the_package_offers_the_workspace_with_its_options_the_records_and_the_e
         "MergeOptions",
         "PullOptions",
         "PushOptions",
+        "ReadHints",
         "ResizeOptions",
         "Retention",
         "VersionQuery",

@@ -11,7 +11,7 @@ import torch
 from loramgr.algebra.comparison import Distances, Tally
 from loramgr.algebra.lowrank import Product
 
-__all__ = ["Added", "Decomposed", "Effect", "Whole", "effect_distance", "effect_distances", "matrix_norm"]
+__all__ = ["Added", "Decomposed", "Dense", "Effect", "Whole", "effect_distance", "effect_distances", "matrix_norm"]
 
 _TILE = 1 << 20  # values of a tile: several of them in float64 fit into a cache
 
@@ -52,6 +52,23 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True)
+class Dense:
+    """The weight becomes the sum of it and the matrix, in float64."""
+
+    matrix: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what the weight becomes."""
+        return tuple(self.matrix.shape)
+
+    def rows(self, rows: slice, weight: torch.Tensor | None) -> torch.Tensor:
+        """Return rows of what the weight becomes; of the matrix alone, without weight."""
+        added = self.matrix[rows].double()
+        return added if weight is None else weight[rows].double() + added
+
+
+@dataclass(frozen=True, slots=True)
 class Decomposed:
     """The weight W becomes magnitude · V / ‖V‖, V = W + product (DoRA, arXiv 2402.09353), the norm of every row.
 
@@ -74,7 +91,7 @@ class Decomposed:
         return direction * (self.magnitude[rows].double()[:, None] / norms)
 
 
-Effect = Whole | Added | Decomposed
+Effect = Whole | Added | Dense | Decomposed
 
 
 def effect_distances(a: Effect | None, b: Effect | None, weight: torch.Tensor) -> Distances:
@@ -110,11 +127,13 @@ def matrix_norm(matrix: torch.Tensor) -> float:
 def _change(effect: Effect | None, result: torch.Tensor, weight: torch.Tensor, rows: slice) -> torch.Tensor:
     if isinstance(effect, Added) and effect.table is None:
         return effect.product.rows(rows)
+    if isinstance(effect, Dense):
+        return effect.matrix[rows].double()
     return result - weight
 
 
 def _is_plain(effect: Effect) -> bool:
-    return isinstance(effect, Added) and effect.table is None
+    return isinstance(effect, Dense) or (isinstance(effect, Added) and effect.table is None)
 
 
 def _tiles(shape: tuple[int, ...]) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from loramgr.algebra.compensated import decide, dot
 from loramgr.algebra.rounding import HALVES, certify, round_float64, screen
 from loramgr.algebra.scratch import Scratch, scratch_for
 from loramgr.algebra.stack import Stack
-from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
+from loramgr.algebra.terms import AddedTerm, DecomposedTerm, LowRankTerm, ReplacedTerm, Term, transposed
 from loramgr.algebra.witness import Witness
 
 __all__ = ["merge_exact", "merges_by_kernel"]
@@ -95,6 +95,7 @@ class _Merge:
         self._terms = terms
         self._stack = Stack.of(terms, weight)
         self._replaced = [term for term in terms if isinstance(term, ReplacedTerm)]
+        self._added = [term for term in terms if isinstance(term, AddedTerm)]
         self._decomposed = [
             (term, Stack([LowRankTerm(term.left, term.right, term.scaling)], weight))
             for term in terms
@@ -150,6 +151,8 @@ class _Merge:
         for replaced in self._replaced:
             difference = Ball.exactly(replaced.tensor[rows]) - Ball.exactly(tile)
             ball = ball + _constant(replaced.weight, tile.device) * difference
+        for added in self._added:
+            ball = ball + _constant(added.weight, tile.device) * Ball.exactly(added.tensor[rows])
         for decomposed, stack in self._decomposed:
             ball = ball + _contribution(decomposed, stack, tile, rows)
         return ball
@@ -179,6 +182,9 @@ class _Merge:
             weight = torch.full_like(base, term.weight)
             lefts.append(torch.stack([weight, -weight], dim=1))
             rights.append(torch.stack([term.tensor[row, column].double(), base], dim=1))
+        for added in self._added:
+            lefts.append(torch.full_like(base, added.weight)[:, None])
+            rights.append(added.tensor[row, column].double()[:, None])
         value, error, bound = dot(base, torch.cat(lefts, 1), torch.cat(rights, 1), self._stack.exact_factors)
         settled, still = decide(value, error, bound, result.dtype)
         unchanged = (value == 0) & (bound == 0) & (base == 0)
@@ -187,7 +193,7 @@ class _Merge:
 
     def _untouched(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return where nothing is added for certain."""
-        if self._replaced or self._decomposed:
+        if self._replaced or self._decomposed or self._added:
             return torch.zeros_like(row, dtype=torch.bool)
         return self._stack.untouched(row, column)
 
@@ -197,8 +203,9 @@ class _Merge:
             self._sound = _finite(self._weight, self._terms)
         rows, columns = self._sound
         sound = rows[row] & columns[column] & self._weight[row, column].isfinite()
-        for term in self._replaced:
-            sound &= term.tensor[row, column].isfinite()
+        tensors = [term.tensor for term in self._replaced] + [term.tensor for term in self._added]
+        for tensor in tensors:
+            sound &= tensor[row, column].isfinite()
         return sound
 
 
@@ -235,7 +242,7 @@ def _on_device(term: Term, device: torch.device) -> Term:
     match term:
         case LowRankTerm():
             return replace(term, left=term.left.to(device), right=term.right.to(device))
-        case ReplacedTerm():
+        case ReplacedTerm() | AddedTerm():
             return replace(term, tensor=term.tensor.to(device))
         case DecomposedTerm():
             start = None if term.start is None else term.start.to(device)

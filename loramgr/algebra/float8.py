@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loramgr.algebra.exact import merge_exact
-from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term
+from loramgr.algebra.terms import AddedTerm, DecomposedTerm, LowRankTerm, ReplacedTerm, Term
 
 __all__ = ["FLOAT8", "largest", "merge_exact_float8", "round_float8", "round_float32"]
 
@@ -122,7 +122,7 @@ def _cut(term: Term, lines: torch.Tensor, *, by_column: bool) -> Term:
     match term:
         case LowRankTerm():
             return replace(term, right=term.right[:, lines]) if by_column else replace(term, left=term.left[lines])
-        case ReplacedTerm():
+        case ReplacedTerm() | AddedTerm():
             return replace(term, tensor=term.tensor[:, lines] if by_column else term.tensor[lines])
         case DecomposedTerm():
             start = None if term.start is None else term.start[lines]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["DecomposedTerm", "LowRankTerm", "ReplacedTerm", "Term", "transposed"]
+__all__ = ["AddedTerm", "DecomposedTerm", "LowRankTerm", "ReplacedTerm", "Term", "transposed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,15 @@ class ReplacedTerm:
     weight: float = 1.0
 
 
-Term = LowRankTerm | DecomposedTerm | ReplacedTerm
+@dataclass(frozen=True, slots=True)
+class AddedTerm:
+    """weight · tensor, with the tensor (m, n) in any float dtype."""
+
+    tensor: torch.Tensor
+    weight: float = 1.0
+
+
+Term = LowRankTerm | DecomposedTerm | ReplacedTerm | AddedTerm
 
 
 def transposed(term: Term) -> Term:
@@ -51,7 +59,7 @@ def transposed(term: Term) -> Term:
     match term:
         case LowRankTerm():
             return replace(term, left=term.right.T, right=term.left.T)
-        case ReplacedTerm():
+        case ReplacedTerm() | AddedTerm():
             return replace(term, tensor=term.tensor.T)
         case DecomposedTerm():
             return term

@@ -15,7 +15,7 @@ from math import isqrt, nan
 import torch
 
 from loramgr.algebra.rounding import round_fraction
-from loramgr.algebra.terms import DecomposedTerm, LowRankTerm, ReplacedTerm, Term
+from loramgr.algebra.terms import AddedTerm, DecomposedTerm, LowRankTerm, ReplacedTerm, Term
 
 __all__ = ["Witness"]
 
@@ -61,6 +61,8 @@ class Witness:
                     rational += weight * Fraction(term.scaling) * _dot(term, row, column)
                 case ReplacedTerm():
                     rational += weight * (Fraction(term.tensor[row, column].item()) - base)
+                case AddedTerm():
+                    rational += weight * Fraction(term.tensor[row, column].item())
                 case DecomposedTerm():
                     rational -= weight * base
                     scaled = weight * Fraction(term.magnitude[row].item()) * self._direction(term, row, column)

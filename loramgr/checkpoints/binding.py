@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from loramgr.adapter import Adapter, Replacement, Rows, Shift, Update
+from loramgr.adapter import Adapter, Experts, LowRank, Replacement, Rows, Scale, Shift, Update, whole_tensor
 from loramgr.checkpoints.families import (
     TASKS_WITHOUT_VOCABULARY_HEAD,
     TieGroup,
@@ -15,13 +15,22 @@ from loramgr.checkpoints.families import (
     is_output_head,
     is_vocabulary,
 )
+from loramgr.checkpoints.fitting import cut_to, turned_experts
 from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renamings
-from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, refuse_quantized
+from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, layered, refuse_quantized
 from loramgr.checkpoints.tying import keep_tied
 from loramgr.errors import IncompatibleError
 from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec
 
 __all__ = ["Binding", "BoundUpdate", "bind"]
+
+
+_KINDS: tuple[tuple[type[Update], BoundKind], ...] = (
+    (Shift, "bias"),
+    (Rows, "tokens"),
+    (Replacement, "saved"),
+    (Experts, "experts"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,12 @@ class _Base:
     specs: Mapping[str, TensorSpec]
     tied: dict[str, TieGroup]
 
+    @property
+    def all_specs(self) -> dict[str, TensorSpec]:
+        """The tensors by every name that they have."""
+        tied = {name: replace(self.specs[group.source], name=name) for name, group in self.tied.items()}
+        return {**self.specs, **tied}
+
     def spec(self, name: str) -> TensorSpec | None:
         """Return the tensor of that name, a tied one's by its source; None where the base has none."""
         if name in self.specs:
@@ -83,18 +98,27 @@ def bind(
 
     `specs` are the tensors of the base's file, `ties` the names that are one tensor (`families.tied_groups`),
     `config` is config.json, None without one; `dtypes` count as floats. Nothing is read but headers, except where a
-    tied name has an update of its own although ties are to be kept. Raises IncompatibleError, naming the tensor, for
-    names that cannot be resolved, shapes that do not fit, a quantized base, or tied names that nobody can know.
+    tied name has an update of its own although ties are to be kept. Names of a format that has its own become the
+    base's. Raises IncompatibleError, naming the tensor, for names that cannot be resolved, shapes that do not fit, a
+    quantized base, or tied names that nobody can know.
     """
+    if adapter.obstacle is not None:
+        raise IncompatibleError(f"the adapter cannot be merged: {adapter.obstacle}", "it is kept and exported as it is")
     refuse_quantized(specs, config)
     base = _Base(specs, {name: group for group in ties for name in group.tied if name not in specs})
+    adapter = adapter.resolved(base.all_specs, config)
     renaming = _renaming(adapter.updates, base)
     targets = {name: _target(name, renaming, base) for name in sorted(adapter.updates)}
+    lacking = {
+        name for name, update in adapter.updates.items() if _is_optional(update) and not base.spec(targets[name])
+    }
+    targets = {name: target for name, target in targets.items() if name not in lacking}
     pairs = {
-        name: Pair(adapter.updates[name], spec)
+        name: Pair(cut_to(adapter.updates[name], spec), spec)
         for name, target in targets.items()
         if (spec := base.spec(target)) is not None
     }
+    pairs = turned_experts(pairs, config)
     for pair in pairs.values():
         check_fits(pair, dtypes)
     layouts = Layouts.read(pairs.values(), config)
@@ -143,7 +167,11 @@ def _renaming_of_saved(names: list[str], known: Collection[str]) -> Renaming:
 def _must_exist(name: str, update: Update, updates: Mapping[str, Update]) -> bool:
     if isinstance(update, Replacement):
         return _is_trained_bias(name, updates)
-    return update.table is None
+    return whole_tensor(update) is None and not _is_optional(update)
+
+
+def _is_optional(update: Update) -> bool:
+    return isinstance(update, Scale) and update.optional
 
 
 def _is_trained_bias(name: str, updates: Mapping[str, Update]) -> bool:
@@ -162,7 +190,7 @@ def _bind_existing(name: str, pair: Pair, layouts: Layouts, base: _Base) -> Boun
 
 def _bind_new(name: str, target: str, update: Update, layouts: Layouts, base: _Base) -> BoundUpdate:
     """Bind an update that brings its own tensor: a head that the base lacks."""
-    tensor = update.tensor if isinstance(update, Replacement) else update.table
+    tensor = whole_tensor(update)
     if tensor is None:
         raise IncompatibleError(f"the base has no tensor {target} that the adapter updates")
     other = next((known for known in sorted(base.specs) if is_output_head(known)), None)
@@ -176,15 +204,17 @@ def _bind_new(name: str, target: str, update: Update, layouts: Layouts, base: _B
 
 def _kind(update: Update, spec: TensorSpec, layouts: Layouts) -> tuple[BoundKind, bool]:
     """Return what the update is to a person, and whether its product is transposed."""
-    if isinstance(update, Shift):
-        return "bias", False
-    if isinstance(update, Rows):
-        return "tokens", False
-    if isinstance(update, Replacement):
-        return "saved", False
-    if update.kind != "linear":
-        return ("embedding", True) if update.kind == "embedding" else ("conv2d", False)
-    transposed = layouts.is_transposed(update, spec)
+    for kind, name in _KINDS:
+        if isinstance(update, kind):
+            return name, False
+    if isinstance(update, LowRank) and update.kind == "embedding":
+        return "embedding", True
+    if len(spec.shape) != 2:
+        return "bias" if spec.name.endswith(".bias") else "vector" if len(spec.shape) < 2 else "conv2d", False
+    if is_input_embedding(spec.name) and not isinstance(update, LowRank):
+        return "embedding", False
+    layer = layered(update)
+    transposed = layer is not None and layouts.is_transposed(layer, spec)
     return "conv1d" if transposed else "linear", transposed
 
 
@@ -229,5 +259,5 @@ def _vocabulary(bound: Sequence[BoundUpdate], base: _Base, adapter: Adapter) -> 
 def _rows(bound: BoundUpdate) -> int | None:
     """Return the rows of the tensor that takes the base's place, None where none does."""
     update = bound.update
-    tensor = update.tensor if isinstance(update, Replacement) else update.table
+    tensor = whole_tensor(update)
     return None if tensor is None else tensor.spec.shape[0]

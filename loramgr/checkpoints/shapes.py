@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
-from loramgr.adapter import LowRank, Replacement, Rows, Shift, Update
+from loramgr.adapter import (
+    Butterfly,
+    Decomposed,
+    LowRank,
+    Orthogonal,
+    Replacement,
+    Rows,
+    Scale,
+    Shift,
+    Update,
+    whole_tensor,
+)
+from loramgr.checkpoints.dense_shapes import is_shaped_for
 from loramgr.checkpoints.families import CONV1D_MODULES, CONV1D_TYPES, is_known_type, is_vocabulary
 from loramgr.errors import IncompatibleError
 from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec, TensorView
 
 __all__ = ["BoundKind", "Layouts", "Pair", "check_fits", "is_replaceable", "is_resizable", "refuse_quantized"]
 
-BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "bias", "saved", "tokens"]
+BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "bias", "saved", "tokens", "experts", "vector"]
 
 _TASK_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".scales")
@@ -41,20 +54,20 @@ class Layouts:
     def read(cls, pairs: Iterable[Pair], config: Mapping[str, Any] | None) -> Layouts:
         """Compare `fan_in_fan_out` with the shapes of the matrices that are not square; the pairs fit."""
         agreements = [
-            pair.update.fan_in_fan_out == (shape == _factors(pair.update)[::-1])
+            layer.fan_in_fan_out == fits[1]
             for pair in pairs
-            if isinstance(pair.update, LowRank) and pair.update.kind == "linear"
-            for shape in [_shape(pair)]
-            if shape[0] != shape[1]
+            if (layer := layered(pair.update)) is not None and len(shape := _shape(pair)) == 2
+            for fits in [_fitting(layer, shape)]
+            if fits[0] != fits[1]
         ]
         model_type = (config or {}).get("model_type")
         return cls(model_type if isinstance(model_type, str) else None, all(agreements) if agreements else None)
 
-    def is_transposed(self, update: LowRank, spec: TensorSpec) -> bool:
+    def is_transposed(self, update: Layered, spec: TensorSpec) -> bool:
         """Say whether the update's matrix is stored as (in, out); IncompatibleError when nothing tells."""
-        shape = _shape(Pair(update, spec))
-        if shape[0] != shape[1]:
-            return shape == _factors(update)[::-1]
+        straight, turned = _fitting(update, _shape(Pair(update, spec)))
+        if straight != turned:
+            return turned
         module = spec.name.removesuffix(".weight").rpartition(".")[2]
         named_so = module in CONV1D_MODULES
         if is_known_type(self.model_type):
@@ -66,6 +79,47 @@ class Layouts:
             "(out, in) or (in, out)",
             "give the base a config.json with its model_type",
         )
+
+
+Layered = LowRank | Scale | Orthogonal | Butterfly  # what acts on inputs and outputs, and so has to know which is which
+
+
+def layered(update: Update) -> Layered | None:
+    """Return the update, or that within it, where its effect depends on how a matrix is stored; None elsewhere."""
+    match update:
+        case LowRank():
+            return update if update.kind == "linear" else None
+        case Scale() | Orthogonal() | Butterfly():
+            return update
+        case Decomposed():
+            return layered(update.inner)
+    return None
+
+
+def features(update: Layered) -> tuple[int | None, int | None]:
+    """Return the outputs and inputs that the update's tensors are for, None for what they do not say."""
+    match update:
+        case LowRank():
+            return update.lora_B.spec.shape[0], update.lora_A.spec.shape[1]
+        case Scale():
+            size = update.vector.spec.elements
+            return (size, None) if update.side == "output" else (None, size)
+        case Orthogonal():
+            blocks = update.vectors.spec.shape[0]
+            return None, None if update.repeated else blocks * update.block_size
+        case Butterfly():
+            return update.scale.spec.elements, update.blocks.spec.shape[1] * update.blocks.spec.shape[2]
+
+
+def _fitting(update: Layered, shape: tuple[int, ...]) -> tuple[bool, bool]:
+    """Say whether a matrix of that shape fits stored as (out, in), and stored as (in, out)."""
+    outputs, inputs = features(update)
+    block = update.block_size if isinstance(update, Orthogonal) else 1
+
+    def fits(out: int, into: int) -> bool:
+        return outputs in (None, out) and inputs in (None, into) and into % block == 0
+
+    return fits(*shape), fits(*shape[::-1])
 
 
 def refuse_quantized(specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> None:
@@ -91,7 +145,7 @@ def check_fits(pair: Pair, dtypes: Collection[str] = FLOAT_DTYPES) -> None:
             f"{spec.name}: the base stores it as {spec.dtype}, a quantized or integer type",
             "merge into the unquantized model that it was made from",
         )
-    replacement = update.tensor if isinstance(update, Replacement) else update.table
+    replacement = whole_tensor(update)
     if replacement is not None:
         _check_replacement(spec, replacement)
     if isinstance(update, LowRank):
@@ -100,17 +154,16 @@ def check_fits(pair: Pair, dtypes: Collection[str] = FLOAT_DTYPES) -> None:
         _require(spec, update.vector.spec.shape == _shape(pair), update.vector)
     elif isinstance(update, Rows):
         _check_rows(pair, update)
+    elif (layer := layered(update)) is not None and len(spec.shape) == 2:
+        _require(spec, any(_fitting(layer, spec.shape)) and _fits_magnitude(update, layer), *update.views())
+    elif not isinstance(update, Replacement):
+        _require(spec, is_shaped_for(update, spec.shape), *update.views())
 
 
 def _shape(pair: Pair) -> tuple[int, ...]:
     """Return the shape that the tensor has once the adapter's own table took its place."""
-    table = None if isinstance(pair.update, Replacement) else pair.update.table
+    table = None if isinstance(pair.update, Replacement) else whole_tensor(pair.update)
     return pair.spec.shape if table is None else table.spec.shape
-
-
-def _factors(update: LowRank) -> tuple[int, int]:
-    """Return (out, in) of a matrix's factors."""
-    return update.lora_B.spec.shape[0], update.lora_A.spec.shape[1]
 
 
 def _require(spec: TensorSpec, fits: bool, *views: TensorView) -> None:
@@ -141,8 +194,9 @@ def _check_replacement(spec: TensorSpec, tensor: TensorView) -> None:
 def _check_factors(pair: Pair, update: LowRank) -> None:
     shape, a, b = _shape(pair), update.lora_A.spec.shape, update.lora_B.spec.shape
     fits = len(a) >= 2 and len(b) >= 2 and a[0] == b[1]
-    if update.kind == "linear":
-        fits = fits and shape in ((b[0], a[1]), (a[1], b[0]))
+    if update.kind == "linear":  # also of a kernel that is flattened behind the outputs
+        flat = len(shape) > 2 and (shape[0], prod(shape[1:])) == (b[0], a[1])
+        fits = fits and (flat or shape in ((b[0], a[1]), (a[1], b[0])))
     elif update.kind == "embedding":
         fits = fits and shape == (a[1], b[0])
     else:
@@ -150,6 +204,14 @@ def _check_factors(pair: Pair, update: LowRank) -> None:
     _require(pair.spec, fits, update.lora_A, update.lora_B)
     if update.magnitude is not None:
         _require(pair.spec, update.magnitude.spec.elements == b[0], update.magnitude)
+
+
+def _fits_magnitude(update: Update, layer: Layered) -> bool:
+    """Say whether the factors multiply, and a magnitude around them has one value for each output, or input."""
+    multiply = not isinstance(layer, LowRank) or layer.lora_A.spec.shape[:1] == layer.lora_B.spec.shape[1:]
+    if isinstance(update, Decomposed):
+        return multiply and update.magnitude.spec.elements == features(layer)[update.by_input]
+    return multiply
 
 
 def _check_rows(pair: Pair, update: Rows) -> None:

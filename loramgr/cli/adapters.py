@@ -10,6 +10,7 @@ import click
 from loramgr.cli.lazy import Command
 from loramgr.cli.options import (
     force_option,
+    hint_options,
     jobs_option,
     measurement,
     name_argument,
@@ -21,6 +22,7 @@ from loramgr.cli.session import Session
 
 __all__ = ["add", "export", "inspect", "list_adapters", "log"]
 
+FORMATS = ["peft", "kohya", "lycoris", "diffusers", "mlx", "gguf", "loralib"]
 SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - before it the largest first."
 
 
@@ -35,6 +37,7 @@ SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - b
 @click.option("--metric", "metrics", multiple=True, type=measurement, metavar="K=NUMBER", help="Metric to give it.")
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="Its parent.  [default: the latest version]")
 @click.option("--all", "everything", is_flag=True, help="Add the adapters beneath PATH too where it is one itself.")
+@hint_options
 @force_option
 @jobs_option
 @click.pass_obj
@@ -95,22 +98,28 @@ def log(session: Session, /, name: str) -> None:
 @ref_argument
 @click.option("--spectrum", is_flag=True, help="Singular values, ranks really used, shares of the weights, outliers.")
 @plot_option
+@hint_options
 @click.pass_obj
-def inspect(session: Session, /, ref: str, spectrum: bool, plot: Path | None) -> None:
+def inspect(session: Session, /, ref: str, spectrum: bool, plot: Path | None, **hints: Any) -> None:
     """Look into an adapter: ranks, norms, what it would change.
 
-    REF is name, name@v3, name@tag, name@sha256:prefix or sha256:prefix, or a path to an adapter on disk.
+    REF is name, name@v3, name@tag, name@sha256:prefix or sha256:prefix, or a path to an adapter on disk. Of any other
+    file or folder it tells what that is instead.
     """
-    session.sink.show(session.workspace().inspect(ref, spectrum=spectrum, plot=plot))
+    session.sink.show(session.workspace(**hints).inspect(ref, spectrum=spectrum, plot=plot))
 
 
 @click.command(cls=Command)
 @ref_argument
 @click.argument("output", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--format", type=click.Choice(FORMATS), help="Format to write.  [default: the files as they came]")
+@click.option("--base", help="Base whose names and layout count.  [default: the one it belongs to]")
+@hint_options
 @click.pass_obj
-def export(session: Session, /, ref: str, output: Path) -> None:
-    """Write an adapter's files as they came.
+def export(session: Session, /, ref: str, output: Path, format: str | None, base: str | None, **hints: Any) -> None:
+    """Write an adapter's files as they came, or in another format.
 
-    DIR must not exist yet; it appears whole.
+    DIR must not exist yet; it appears whole. The scaling is right for the reader of the format; what the format cannot
+    hold is refused by name (exit code 6), and what a reader should know is told.
     """
-    session.sink.show(session.workspace().export(ref, output))
+    session.sink.show(session.workspace(**hints).export(ref, output, format=format, base=base))

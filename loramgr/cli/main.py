@@ -25,7 +25,7 @@ COMMANDS = {
     "log": Listed("loramgr.cli.adapters:log", "Show the versions of an adapter, newest first."),
     "inspect": Listed("loramgr.cli.adapters:inspect", "Look into an adapter: ranks, norms, what it would change."),
     "diff": Listed("loramgr.cli.comparing:diff", "Compare two adapters or two models, and show what changed most."),
-    "export": Listed("loramgr.cli.adapters:export", "Write an adapter's files as they came."),
+    "export": Listed("loramgr.cli.adapters:export", "Write an adapter's files as they came, or in another format."),
     "tag": Listed("loramgr.cli.edits:tag", "Give a version a movable name."),
     "untag": Listed("loramgr.cli.edits:untag", "Take a tag away."),
     "label": Listed("loramgr.cli.edits:label", "Set or drop labels of a version."),

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from loramgr.cli.lazy import Command
-from loramgr.cli.options import base_argument, device_option, folder_argument, force_option, jobs_option
+from loramgr.cli.options import base_argument, device_option, folder_argument, force_option, hint_options, jobs_option
 from loramgr.cli.session import Session
 
 __all__ = ["merge", "status", "switch", "unmerge", "verify_merge"]
@@ -25,6 +25,7 @@ _MERGE_OPTIONS = (
     click.option("--verify", is_flag=True, help="Read the output again and compare before it appears."),
     click.option("--replacements-of", metavar="REF", help="Whose saved modules to take, where several bring the same."),
     click.option("--keep-tied", is_flag=True, help="Keep tied weights tied: both names change together."),
+    hint_options,
     force_option,
     device_option,
     jobs_option,
@@ -70,7 +71,8 @@ def merge(
     with_remainder = options.pop("with_remainder")
     if with_remainder and output is None:
         raise click.UsageError("--with-remainder makes a new folder: give -o DIR.")
-    workspace, chosen = session.workspace(jobs), MergeOptions(**options)
+    hints = {key: options.pop(key) for key in ("alpha", "enable_lora")}
+    workspace, chosen = session.workspace(jobs, **hints), MergeOptions(**options)
     if output is None:
         session.sink.show(workspace.merge_in_place(base, adapters, chosen))
     elif with_remainder:
@@ -91,7 +93,8 @@ def switch(session: Session, /, folder: Path, adapters: tuple[str, ...], jobs: i
     """
     from loramgr.workspace import MergeOptions
 
-    session.sink.show(session.workspace(jobs).switch(folder, adapters, MergeOptions(**options)))
+    hints = {key: options.pop(key) for key in ("alpha", "enable_lora")}
+    session.sink.show(session.workspace(jobs, **hints).switch(folder, adapters, MergeOptions(**options)))
 
 
 @click.command(cls=Command)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,8 +15,10 @@ __all__ = [
     "base_argument",
     "device_option",
     "dry_run_option",
+    "flags",
     "folder_argument",
     "force_option",
+    "hint_options",
     "jobs_option",
     "measurement",
     "name_argument",
@@ -58,6 +62,27 @@ def part(text: str) -> tuple[int, int]:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise click.BadParameter(f"{text!r} is not a part: write N/T, from 1/T to T/T.")
     return int(match[1]), int(match[2])
+
+
+def flags(text: str) -> tuple[bool, ...]:
+    """Read true,false,true; a usage error for anything else."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    parts = [part.strip().lower() for part in text.split(",")]
+    if not all(part in words for part in parts):
+        raise click.BadParameter(f"{text!r} is not a list of true and false: write true,false,true.")
+    return tuple(words[part] for part in parts)
+
+
+def hint_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what the files of some formats do not."""
+    alpha = click.option("--alpha", type=float, metavar="N", help="The lora_alpha of files that do not say it.")
+    slices = click.option(
+        "--enable-lora",
+        type=flags,
+        metavar="true,false,…",
+        help="The slices of fused weights with factors, for loralib's MergedLinear.",
+    )
+    return alpha(slices(command))
 
 
 _folder = click.Path(path_type=Path)

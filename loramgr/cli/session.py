@@ -19,11 +19,15 @@ class Session(NamedTuple):
     sink: Sink
     progress: bool
 
-    def workspace(self, jobs: int | None = None) -> Workspace:
-        """Open the workspace; `jobs` is None for one worker per core."""
+    def workspace(
+        self, jobs: int | None = None, *, alpha: float | None = None, enable_lora: tuple[bool, ...] | None = None
+    ) -> Workspace:
+        """Open the workspace; `jobs` is None for one worker per core, the others are hints for adapters on disk."""
         # Here and not above: --help needs no path, and SQLAlchemy costs more than all of it.
         from pathlib import Path
 
-        from loramgr.workspace import Workspace
+        from loramgr.workspace import ReadHints, Workspace
 
-        return Workspace(None if self.home is None else Path(self.home), jobs=jobs, progress=self.progress)
+        hints = ReadHints(alpha, enable_lora)
+        home = None if self.home is None else Path(self.home)
+        return Workspace(home, jobs=jobs, progress=self.progress, hints=hints)

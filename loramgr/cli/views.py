@@ -15,6 +15,7 @@ from loramgr.records import (
     DerivedVersion,
     DiffReport,
     FileRecord,
+    FileReport,
     HistoryEntry,
     InspectReport,
     MergedAdapter,
@@ -88,12 +89,27 @@ def render(record: Any) -> list[str]:
     if isinstance(record, list):
         return _rows(record)
     if isinstance(record, InspectReport):
-        return [*_fields(record, _hidden(record)), "", *_modules(record.modules)]
+        seen = [f"seen: {sentence}" for sentence in record.evidence]
+        return [*_fields(record, _hidden(record)), *seen, *_training(record.training), "", *_modules(record.modules)]
+    if isinstance(record, FileReport):
+        unclear = [f"not explained: {name}" for name in record.unexplained]
+        return [
+            f"{record.path}: no adapter, but {record.what}",
+            *(f"seen: {each}" for each in record.evidence),
+            *unclear,
+        ]
     if isinstance(record, DiffReport):
         return _difference(record)
     if isinstance(record, DerivedVersion):
         return [*_fields(record, _hidden(record)), *_errors(record.errors)]
     return _fields(record, _hidden(record))
+
+
+def _training(metadata: dict[str, str]) -> list[str]:
+    """Return what a file says of its training, a line each; the beginning of what is long."""
+    width = max(map(len, metadata), default=0)
+    lines = [f"{key:{width}}  {_setting(value)}" for key, value in sorted(metadata.items())]
+    return ["", *lines] if lines else []
 
 
 def _rows(records: list[Any]) -> list[str]:
@@ -297,7 +313,8 @@ def _summary(report: DiffReport) -> str:
 def _hidden(record: Any) -> frozenset[str]:
     """Return the fields that a person sees elsewhere: in a table, on stderr, or in JSON only."""
     return frozenset(
-        {"warnings", "notes", "modules", "errors"} | ({"ranks"} if isinstance(record, VersionRecord) else set())
+        {"warnings", "notes", "modules", "errors", "training", "evidence", "unexplained"}
+        | ({"ranks"} if isinstance(record, VersionRecord) else set())
     )
 
 

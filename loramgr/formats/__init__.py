@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from loramgr.formats.examination import Examination, examine
-from loramgr.formats.folder import adapter_folder, kept_files
-from loramgr.formats.registry import read_adapter
+from loramgr.formats.registry import adapter_folder, kept_files, read_adapter
 
 __all__ = ["Examination", "adapter_folder", "examine", "kept_files", "read_adapter"]

@@ -12,7 +12,7 @@ from loramgr.digests import canonical_json
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError, UsageError
 from loramgr.tensorfile import LFS_MAGIC
 
-__all__ = ["Fields", "load_configuration"]
+__all__ = ["Fields", "load_configuration", "parse_object"]
 
 
 def load_configuration(path: Path) -> dict[str, Any]:
@@ -29,10 +29,11 @@ def load_configuration(path: Path) -> dict[str, Any]:
         raise IncompatibleError(
             f"{path}: this is a Git LFS pointer, not the configuration itself", "git lfs pull, then add it again"
         )
-    return _as_object(path, data)
+    return parse_object(path, data)
 
 
-def _as_object(path: Path, data: bytes) -> dict[str, Any]:
+def parse_object(path: Path | str, data: bytes) -> dict[str, Any]:
+    """Parse a JSON object that has a canonical form; `path` is what its errors, `load_configuration`'s, name."""
     if not data.strip():
         raise IntegrityError(f"{path}: the configuration is empty", "save the adapter again")
     try:

@@ -63,8 +63,11 @@ class FileExaminer:
 
     @staticmethod
     def reads(adapter: Adapter, path: Path) -> bool:
-        """Say whether the adapter's tensors lie in this file as they are: one of safetensors, not a pickle."""
-        return all(isinstance(view, FileTensor) and view.path == path for view in adapter.tensors.values())
+        """Say whether the adapter's tensors lie in this file as they are and to its end: one of safetensors."""
+        placed = [*_placed(adapter)]
+        if len(placed) != len(adapter.tensors) or any(view.path != path for view in placed):
+            return False
+        return max((view.start + view.spec.nbytes for view in placed), default=0) == path.stat().st_size
 
     def update(self, piece: memoryview) -> None:
         """Take the next bytes of the file."""
@@ -144,6 +147,10 @@ _SUSPECTS = {dtype: [byte for byte in range(256) if byte & last == last] for dty
 
 def _all_finite(chunk: bytes, last: bytes, dtype: str) -> bool:
     """Say whether every value of the chunk is a number; it holds whole values, `last` the last byte of each."""
+    if dtype not in _EXPONENT:  # integers are
+        return True
+    if dtype not in _SUSPECTS:
+        return True  # whole numbers
     if not any(byte in last for byte in _SUSPECTS[dtype]):  # true of all weights but the huge, and far cheaper
         return True
     last_table, before_table = _TABLES[dtype]

@@ -8,66 +8,56 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 
 from loramgr.containment import resolve_inside
-from loramgr.errors import IncompatibleError, NotFoundError, UsageError
+from loramgr.errors import IncompatibleError, NotFoundError, UncheckedError, UsageError
+from loramgr.formats.hints import HINTS
 
-__all__ = ["CONFIGURATION", "REMAINDER", "adapter_folder", "is_tokenizer_file", "kept_files", "weights_file"]
+__all__ = [
+    "CONFIGURATION",
+    "MLX_WEIGHTS",
+    "REMAINDER",
+    "WEIGHTS",
+    "candidates",
+    "is_present",
+    "is_tokenizer_file",
+    "kept_beside",
+    "not_an_adapter",
+    "weights_file",
+]
 
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts, as in PEFT
+MLX_WEIGHTS = "adapters.safetensors"
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
 REMAINDER = "loramgr_remainder.safetensors"  # beside an extracted adapter: what makes the fine-tune of a merge with it
-_KEPT = ("README.md", *_TOKENIZER, REMAINDER)
+_KEPT = ("README.md", *_TOKENIZER, REMAINDER, HINTS)
 _TRAINING_STATE = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "training_args*", "trainer_state.json")
 _MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model*.index.json")
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
 _MANY = 5
 
 
-def adapter_folder(path: Path) -> Path:
-    """Return the folder of the adapter that the path names: the folder, its configuration or its weights file.
-
-    Raises NotFoundError, saying what is there instead, and IncompatibleError for a file of another format and for
-    weights that are not the ones that count.
-    """
-    if path.is_dir():
-        folder = path
-    elif path.name in (CONFIGURATION, *WEIGHTS) and path.is_file():
-        folder = path.parent
-    elif path.exists():
-        raise IncompatibleError(
-            f"{path}: not a file of a PEFT adapter", f"name a folder that holds {CONFIGURATION} and its weights"
-        )
-    else:
-        raise NotFoundError(f"{path}: no such file or folder")
-    if not _is_present(folder, CONFIGURATION):
-        raise _not_an_adapter(folder)
-    if path.name == WEIGHTS[1] and path != folder and _is_present(folder, WEIGHTS[0]):
-        raise IncompatibleError(f"{path}: {WEIGHTS[0]} beside it is the file that counts", f"name {folder} instead")
-    return folder
-
-
 def weights_file(folder: Path) -> Path:
-    """Return the one weights file that is used; NotFoundError where there is none."""
+    """Return the one weights file of a PEFT adapter that is used; NotFoundError where there is none."""
     for name in WEIGHTS:
-        if _is_present(folder, name):
+        if is_present(folder, name):
             return folder / name
     raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}")
 
 
-def kept_files(path: Path, include: Sequence[str]) -> list[str]:
-    """Return what a version keeps of an adapter's folder, as sorted relative paths.
+def kept_beside(folder: Path, own: Iterable[str], include: Sequence[str], *, is_single: bool) -> list[str]:
+    """Return what a version keeps of an adapter's folder, as sorted relative paths; `own` is what it is made of.
 
-    Configuration, weights, README, tokenizer and chat templates, the remainder of an exact extraction, and the files
-    that the `include` globs name; the training state only where a glob names it. Raises UsageError for a glob that
-    leaves the folder, NotFoundError for one that names nothing, and IncompatibleError for a link out of the folder.
+    README, tokenizer and chat templates, the remainder of an exact extraction, and the files that the `include` globs
+    name; the training state only where a glob names it. Of a single file only what is named is kept. Raises UsageError
+    for a glob that leaves the folder, NotFoundError for one that names nothing, and IncompatibleError for a link out of
+    the folder.
     """
-    folder = adapter_folder(path)
-    kept = {CONFIGURATION, weights_file(folder).name}
-    there = [path.name for path in folder.iterdir()]
+    kept = {_plain(folder, name) for name in own}
+    there = [] if is_single else [path.name for path in folder.iterdir()]
     for pattern in _KEPT:
         if fnmatch.filter(there, pattern.partition("/")[0]):  # to look for each would take most of the time of a read
             kept.update(_matches(folder, pattern))
@@ -81,7 +71,21 @@ def is_tokenizer_file(name: str) -> bool:
     return any(PurePosixPath(name).match(pattern) and name.count("/") == pattern.count("/") for pattern in _TOKENIZER)
 
 
-def _is_present(folder: Path, name: str) -> bool:
+def candidates(folder: Path) -> list[str]:
+    """Return the files in a folder that may be the weights of an adapter: neither a model's nor a training state.
+
+    Raises UncheckedError for a folder that cannot be read.
+    """
+    try:
+        there = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise UncheckedError(f"{folder}: cannot be read: {error.strerror}") from error
+    passed = (*_TRAINING_STATE, *(_MODEL_WEIGHTS if "config.json" in there else ()), REMAINDER)
+    named = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in _OTHER_WEIGHTS)]
+    return [name for name in named if not any(fnmatch.fnmatch(name, pattern) for pattern in passed)]
+
+
+def is_present(folder: Path, name: str) -> bool:
     """Say whether a regular file of that name is there; links out of the folder and into nothing are errors."""
     path = folder / name
     try:
@@ -99,7 +103,7 @@ def _matches(folder: Path, pattern: str) -> list[str]:
     # a plain name goes around glob, which passes over links to nothing
     is_glob = any(sign in pattern for sign in "*?[")
     names = [path.relative_to(folder).as_posix() for path in folder.glob(pattern)] if is_glob else [pattern]
-    return [_plain(folder, name) for name in names if _is_present(folder, name)]
+    return [_plain(folder, name) for name in names if is_present(folder, name)]
 
 
 def _plain(folder: Path, name: str) -> str:
@@ -125,7 +129,7 @@ def _included(folder: Path, pattern: str) -> list[str]:
     return found
 
 
-def _not_an_adapter(folder: Path) -> NotFoundError:
+def not_an_adapter(folder: Path) -> NotFoundError:
     """Say that there is no adapter, what the folder looks like, and where adapters are beneath it."""
     below = sorted(config.parent for config in folder.glob(f"*/{CONFIGURATION}"))
     if below:
@@ -135,17 +139,15 @@ def _not_an_adapter(folder: Path) -> NotFoundError:
             f"{folder}: no {CONFIGURATION}, but adapters in folders beneath it", f"name one: {names}{more}"
         )
     if _has(folder, ["config.json"]) and _has(folder, _MODEL_WEIGHTS):
-        return NotFoundError(f"{folder}: no {CONFIGURATION}: this is a whole model", f"loramgr base add {folder}")
+        return NotFoundError(
+            f"{folder}: no {CONFIGURATION}: this is a whole model",
+            f"loramgr base add {folder}; a fine-tune of a base: loramgr add {folder} --base BASE",
+        )
     return NotFoundError(f"{folder}: no {CONFIGURATION}{_what_is_there(folder)}", "name the folder that holds it")
 
 
 def _what_is_there(folder: Path) -> str:
-    if _has(folder, WEIGHTS):
-        return ", only the weights: rank and alpha are not known without it"
-    if _has(folder, _TRAINING_STATE):
-        return ", only the state of a training run"
-    found = sorted(path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern))
-    return f"; {', '.join(found[:_MANY])} may be of another format, which loramgr does not read" if found else ""
+    return ", only the state of a training run" if _has(folder, _TRAINING_STATE) else ""
 
 
 def _has(folder: Path, patterns: Iterable[str]) -> bool:

@@ -1,7 +1,7 @@
 """PEFT adapters (`adapter_config.json` and its weights), as PEFT 0.2 to 0.21 write them, read into `Adapter`.
 
-Supported: LoRA with rsLoRA, patterns, DoRA, biases and saved modules, and trained tokens; everything else is refused
-by name. Formulas and file layouts: PEFT 0.21.2, `tuners/lora/layer.py`.
+LoRA with its variants and trained tokens here, other methods in `peft_others`; what loramgr cannot merge is kept with
+the reason. Formulas and file layouts: PEFT 0.21.2, `tuners/lora/layer.py`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from loramgr.adapter import Adapter, LowRank, Replacement, Rows, Update
+from loramgr.adapter import Adapter, Decomposed, LowRank, Opaque, Replacement, Rows, Update
 from loramgr.digests import is_digest
 from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields, load_configuration
 from loramgr.formats.folder import CONFIGURATION, weights_file
 from loramgr.formats.peft_config import PeftSettings, parse_settings
 from loramgr.formats.peft_keys import Key, parse_keys
-from loramgr.formats.peft_layers import Module, low_rank, rows, shift
+from loramgr.formats.peft_layers import Module, decomposed, grouped, low_rank, rows, shift
+from loramgr.formats.peft_methods import TUNERS
+from loramgr.formats.peft_nested import Nested, take_nested
 from loramgr.formats.peft_notes import warnings
+from loramgr.formats.peft_others import read_kept, read_tuner
+from loramgr.formats.peft_tables import refuse_unexplained, tables_of
+from loramgr.formats.peft_variants import LORA, TRAINABLE_TOKENS, kept_whole, obstacle_of_variant, peft_type
 from loramgr.pickles import read_pickle
 from loramgr.tensorfile import FLOAT_DTYPES, TensorView, read_header
 
 __all__ = ["read_peft"]
-
-# modules whose whole weight PEFT saves when the vocabulary was resized or the embedding is a target
-_EMBEDDINGS = (
-    "embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings",
-    "predictions.decoder",
-)  # fmt: skip
-_MANY = 10
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -38,13 +36,28 @@ def read_peft(folder: Path) -> Adapter:
     shape that is not supported.
     """
     path = folder / CONFIGURATION
-    settings = parse_settings(Fields(path, load_configuration(path)))
+    fields = Fields(path, load_configuration(path))
     tensors, metadata = _read_weights(weights_file(folder))
-    keys, unexplained = parse_keys(tensors)
-    modules = _modules(keys, tensors)
-    tables = _tables(keys, tensors, modules, settings, unexplained)
-    _refuse_unexplained(unexplained)
-    updates = _updates(modules, tables, settings)
+    return read_parts(fields, tensors, metadata)
+
+
+def read_parts(fields: Fields, tensors: dict[str, TensorView], metadata: Mapping[str, str]) -> Adapter:
+    """Read an adapter from its configuration, its tensors and their metadata; raises IncompatibleError."""
+    method = peft_type(fields)
+    if method in TUNERS:
+        return read_tuner(fields, method, tensors)
+    if method not in (LORA, TRAINABLE_TOKENS):
+        return read_kept(fields, method, tensors)
+    settings = parse_settings(fields)
+    if (reason := kept_whole(fields)) is not None:
+        return read_kept(fields, reason[0], tensors, reason[1])
+    nested = take_nested(fields, settings.lora, tensors) if settings.lora is not None else Nested({}, frozenset())
+    plain = {name: view for name, view in tensors.items() if name not in nested.used}
+    keys, unexplained = parse_keys(plain)
+    modules = _modules(keys, plain)
+    tables = tables_of(keys, plain, modules, settings, unexplained)
+    refuse_unexplained(unexplained)
+    updates = dict(sorted((_updates(modules, tables, settings) | nested.updates).items()))
     return _adapter(settings, updates, tensors, _recorded_base(settings, metadata))
 
 
@@ -76,52 +89,6 @@ def _modules(keys: Iterable[Key], tensors: Mapping[str, TensorView]) -> dict[str
     return modules
 
 
-def _tables(
-    keys: Iterable[Key],
-    tensors: Mapping[str, TensorView],
-    modules: Mapping[str, Module],
-    settings: PeftSettings,
-    unexplained: list[str],
-) -> dict[str, TensorView]:
-    """Collect the whole tensors by the parameter they replace; what no rule explains goes to the list."""
-    tables: dict[str, TensorView] = {}
-    for key in keys:
-        if key.role not in ("base", "saved"):
-            continue
-        if not (key.module in modules if key.role == "base" else _is_expected(key, modules, settings)):
-            unexplained.append(key.name)
-        elif key.target in tables:
-            raise IncompatibleError(f"{key.target}: two tensors of the file take its place")
-        else:
-            tables[key.target] = tensors[key.name]
-    return tables
-
-
-def _is_expected(key: Key, modules: Mapping[str, Module], settings: PeftSettings) -> bool:
-    """Say whether the configuration explains that the parameter was saved whole."""
-    if _is_saved_module(key.module, settings.saved_modules):
-        return key.module not in modules
-    if key.parameter == "bias" and settings.bias != "none":
-        return settings.bias == "all" or key.module in modules
-    return any(f".{key.module}".endswith(f".{name}") for name in _EMBEDDINGS)
-
-
-def _is_saved_module(module: str, saved_modules: Iterable[str]) -> bool:
-    """Say whether the module or one it lies in ends with one of the names: PEFT's rule, without a dot before it."""
-    parts = module.split(".")
-    paths = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return any(path.endswith(tuple(saved_modules)) for path in paths)
-
-
-def _refuse_unexplained(unexplained: list[str]) -> None:
-    if unexplained:
-        more = f" and {len(unexplained) - _MANY} more" if len(unexplained) > _MANY else ""
-        raise IncompatibleError(
-            f"no rule explains these tensors: {', '.join(sorted(unexplained)[:_MANY])}{more}",
-            "check modules_to_save and bias in adapter_config.json",
-        )
-
-
 def _updates(modules: Mapping[str, Module], tables: dict[str, TensorView], settings: PeftSettings) -> dict[str, Update]:
     """Turn modules and whole tensors into one update per parameter."""
     updates: dict[str, Update] = {}
@@ -133,8 +100,11 @@ def _updates(modules: Mapping[str, Module], tables: dict[str, TensorView], setti
             continue
         if settings.lora is None or module.has_rows:
             raise module.refused("factors of LoRA, where the configuration has only trained tokens")
+        if (parts := grouped(module)) is not None:
+            updates |= parts
+            continue
         update = low_rank(module, settings.lora, tables.pop(weight, None))
-        updates[weight] = update
+        updates[weight] = decomposed(module, update)
         if "lora_bias" in module.tensors and (moved := shift(module, update.scaling, tables.pop(bias, None))):
             updates[bias] = moved
     updates.update((target, Replacement(tensor)) for target, tensor in tables.items())
@@ -187,7 +157,8 @@ def _adapter(
     base_digest: str | None,
 ) -> Adapter:
     lora, fields = settings.lora, settings.fields
-    adapted = any(isinstance(update, LowRank) for update in updates.values())
+    adapted = any(isinstance(update, LowRank | Decomposed) for update in updates.values())
+    kept = next((update.reason for update in updates.values() if isinstance(update, Opaque)), None)
     method = "trainable_tokens" if lora is None else "dora" if lora.use_dora and adapted else "lora"
     return Adapter(
         format="peft",
@@ -203,4 +174,5 @@ def _adapter(
         base_digest=base_digest,
         keeps_ties=_keeps_ties(settings, updates),
         warnings=warnings(settings, updates),
+        obstacle=obstacle_of_variant(fields, LORA) or kept,
     )

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from loramgr.digests import is_digest
 from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields, is_number, is_rank
-from loramgr.formats.peft_variants import LORA, peft_type, refuse_variants
+from loramgr.formats.peft_variants import LORA, TRAINABLE_TOKENS, peft_type, refuse_variants
 
 __all__ = ["LoraSettings", "PeftSettings", "matching", "parse_settings"]
 
@@ -33,8 +33,27 @@ def matching(patterns: Iterable[str], module: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Which factor of a module is block-diagonal (BD-LoRA), by parts of its name, and of how many blocks."""
+
+    count: int
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+    def side(self, module: str) -> Literal["lora_A", "lora_B"] | None:
+        """Return the block-diagonal factor of the module, None where both are whole."""
+        if any(part in module for part in self.first):
+            return "lora_A"
+        return "lora_B" if any(part in module for part in self.second) else None
+
+
+@dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """How the low-rank factors are to be read; rank and alpha are the general ones, before the patterns."""
+    """How the low-rank factors are to be read; rank and alpha are the general ones, before the patterns.
+
+    `enabled` are the slices of a fused weight that have factors (`enable_lora` of PEFT before 0.3), `blocks` those of
+    block-diagonal factors; None where there are none.
+    """
 
     rank: int
     alpha: float
@@ -44,6 +63,8 @@ class LoraSettings:
     use_dora: bool = False
     lora_bias: bool = False
     fan_in_fan_out: bool = False
+    enabled: tuple[bool, ...] | None = None
+    blocks: Blocks | None = None
 
     def ranks_of(self, module: str) -> list[int]:
         """Return the ranks that the configuration leaves open for the module.
@@ -52,6 +73,10 @@ class LoraSettings:
         training is not known any more, and the tensors say it.
         """
         return sorted({self.rank, *(self.rank_pattern[key] for key in matching(self.rank_pattern, module))})
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank that PEFT gives the module when it reads the file, whatever the tensors say."""
+        return next((self.rank_pattern[key] for key in matching(self.rank_pattern, module)), self.rank)
 
     def alphas_of(self, module: str) -> list[float]:
         """Return the module's alpha, which is what PEFT reads back, and the others that patterns give it after it."""
@@ -66,9 +91,9 @@ class LoraSettings:
 class PeftSettings:
     """A checked configuration.
 
-    `lora` is None for TRAINABLE_TOKENS; `saved_modules` are the modules_to_save with those that the task implies;
-    `token_indices` is one list for every embedding, or a list per module name, None without trained tokens;
-    `target_pattern` is the regular expression that stood in place of a list of modules, else None.
+    `lora` is None for methods without a rank and an alpha; `saved_modules` are the modules_to_save with those that the
+    task implies; `token_indices` is one list for every embedding, or a list per module name, None without trained
+    tokens; `target_pattern` is the regular expression that stood in place of a list of modules, else None.
     """
 
     fields: Fields
@@ -92,12 +117,14 @@ def parse_settings(fields: Fields) -> PeftSettings:
     fields.text("base_model_name_or_path")
     return PeftSettings(
         fields=fields,
-        lora=_lora_settings(fields) if method == LORA else None,
+        lora=_lora_settings(fields) if method == LORA else _rank_settings(fields) if method in _RANKED else None,
         target_modules=fields.names("target_modules"),
         target_pattern=_target_pattern(fields),
         saved_modules=_saved_modules(fields),
         bias=_bias(fields),
-        token_indices=_token_indices(fields, "trainable_token_indices" if method == LORA else "token_indices"),
+        token_indices=_token_indices(
+            fields, "token_indices" if method == TRAINABLE_TOKENS else "trainable_token_indices"
+        ),
         ensure_weight_tying=fields.flag("ensure_weight_tying"),
         base_digest=_base_digest(fields),
     )
@@ -113,10 +140,40 @@ def _lora_settings(fields: Fields) -> LoraSettings:
         use_dora=fields.flag("use_dora"),
         lora_bias=fields.flag("lora_bias"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
+        enabled=_enabled(fields),
+        blocks=_blocks(fields),
     )
     if settings.lora_bias and settings.use_dora:
         raise IncompatibleError(f"{fields.path}: lora_bias and use_dora together are not supported")
     return settings
+
+
+def _enabled(fields: Fields) -> tuple[bool, ...] | None:
+    value = fields.content.get("enable_lora")
+    if not value:
+        return None
+    if not (isinstance(value, list) and all(isinstance(each, bool) for each in value) and any(value)):
+        raise fields.refused("enable_lora", "a list of true and false with one true at least")
+    return tuple(value)
+
+
+def _blocks(fields: Fields) -> Blocks | None:
+    value = fields.mapping("use_bdlora")
+    if not value:
+        return None
+    inner = Fields(fields.path, value)
+    unknown = sorted(value.keys() - {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"})
+    if unknown:
+        raise fields.refused("use_bdlora", f"without the unknown key {unknown[0]!r}")
+    count = inner.rank("nblocks")
+    return Blocks(count, inner.names("target_modules_bd_a"), inner.names("target_modules_bd_b"))
+
+
+_RANKED = ("LOHA", "LOKR")
+
+
+def _rank_settings(fields: Fields) -> LoraSettings:
+    return LoraSettings(fields.rank("r"), fields.number("alpha"), _rank_pattern(fields), _alpha_pattern(fields))
 
 
 def _rank_pattern(fields: Fields) -> dict[str, int]:

@@ -99,10 +99,6 @@ def _wrapped(name: str) -> tuple[Key, str | None] | None:
 
 
 def _refuse_nested(name: str, module: str) -> None:
-    if module.endswith(".base_layer.out_proj"):
-        raise IncompatibleError(
-            f"{name}: LoRA on nn.MultiheadAttention is not supported: PEFT adds the delta of out_proj twice"
-        )
     if f".{module}.".find(".base_layer.") >= 0:
         raise IncompatibleError(f"{name}: a wrapper inside a wrapper (target_parameters) is not supported")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loramgr.adapter import LowRank, LowRankKind, Rows, Shift
+from loramgr.adapter import Decomposed, LowRank, LowRankKind, Opaque, Rows, Shift, Update
 from loramgr.errors import IncompatibleError
+from loramgr.formats.expansion import block_diagonal, merged_linear
 from loramgr.formats.peft_config import LoraSettings
 from loramgr.formats.peft_keys import Role
 from loramgr.tensorfile import TensorView
 
-__all__ = ["Module", "low_rank", "rows", "shift"]
+__all__ = ["Module", "decomposed", "grouped", "low_rank", "rows", "shift"]
 
 _FACTORS: tuple[Role, ...] = ("lora_A", "lora_B", "embedding_A", "embedding_B", "lora_bias", "magnitude")
 _MAX_CONVOLUTION = 5  # (out, in, depth, height, width)
@@ -46,12 +47,14 @@ def low_rank(module: Module, settings: LoraSettings, table: TensorView | None) -
     """Put the factors of a linear layer, embedding or convolution together, with `table` in the weight's place first.
 
     The rank is lora_A's first dimension; alpha and scaling follow the configuration's patterns. Raises
-    IncompatibleError for half a pair, shapes that do not multiply, a rank the configuration contradicts, a grouped
-    convolution, DoRA on a convolution, and magnitudes or biases that are missing or that nobody announced.
+    IncompatibleError for half a pair, shapes that do not multiply, a rank the configuration contradicts, and for
+    magnitudes or biases that are missing or that nobody announced. The magnitude of a convolution is left to
+    `decomposed`.
     """
     a_role, b_role = _pair(module)
+    module, slices = _expanded(module, settings)
     kind = _kind(module, a_role, b_role)
-    rank = module.shape(a_role)[0]
+    rank = module.shape(a_role)[0] // slices
     if rank not in (ranks := settings.ranks_of(module.name)):
         raise module.refused(
             f"lora_A has rank {rank}, the configuration says {' or '.join(map(str, ranks))}",
@@ -64,13 +67,45 @@ def low_rank(module: Module, settings: LoraSettings, table: TensorView | None) -
         kind=kind,
         lora_A=module.tensors[a_role],
         lora_B=module.tensors[b_role],
-        rank=rank,
+        rank=rank * slices,
         alpha=alpha,
         scaling=settings.scaling(alpha, rank),
         fan_in_fan_out=settings.fan_in_fan_out and kind == "linear",
-        magnitude=module.tensors.get("magnitude"),
+        magnitude=None if kind == "conv" else module.tensors.get("magnitude"),
         table=table,
     )
+
+
+def decomposed(module: Module, update: LowRank) -> LowRank | Decomposed:
+    """Return the update with the magnitude of a convolution around it; every other as it is."""
+    magnitude = module.tensors.get("magnitude")
+    return Decomposed(update, magnitude) if update.kind == "conv" and magnitude is not None else update
+
+
+def grouped(module: Module) -> dict[str, Update] | None:
+    """Return the factors of a grouped convolution as they are, which no product merges; None for any other layer."""
+    shapes = [module.tensors[role].spec.shape for role in ("lora_A", "lora_B") if role in module.tensors]
+    if len(shapes) != 2 or not 2 < len(shapes[0]) == len(shapes[1]) <= _MAX_CONVOLUTION:
+        return None
+    (total, *_), (_, rank, *kernel) = shapes
+    if set(kernel) != {1} or not rank or total <= rank or total % rank:
+        return None
+    reason = f"module {module.name} is a grouped convolution ({total // rank} groups), whose delta PEFT does not define"
+    views = [module.tensors[role] for role in sorted(module.tensors)]
+    return {view.spec.name: Opaque(view, "lora", reason, total) for view in views}
+
+
+def _expanded(module: Module, settings: LoraSettings) -> tuple[Module, int]:
+    """Return the module with factors of the whole weight, and how many slices of it they are of."""
+    tensors = dict(module.tensors)
+    if settings.enabled is not None and {"lora_A", "lora_B"} <= tensors.keys() and len(module.shape("lora_B")) == 3:
+        pair = merged_linear(module.name, tensors["lora_A"], tensors["lora_B"], settings.enabled)
+        tensors["lora_A"], tensors["lora_B"] = pair
+        return Module(module.name, tensors), sum(settings.enabled)
+    side = settings.blocks.side(module.name) if settings.blocks is not None else None
+    if side is not None and settings.blocks is not None and side in tensors:
+        tensors[side] = block_diagonal(tensors[side], settings.blocks.count)
+    return Module(module.name, tensors), 1
 
 
 def _pair(module: Module) -> tuple[Role, Role]:
@@ -95,11 +130,8 @@ def _kind(module: Module, a_role: Role, b_role: Role) -> LowRankKind:
         )
     if len(a) == len(b) == 2 and a[0] == b[1]:
         return "embedding" if a_role == "embedding_A" else "linear"
-    if a_role == "lora_A" and 2 < len(a) == len(b) <= _MAX_CONVOLUTION and set(b[2:]) == {1}:
-        if a[0] == b[1]:
-            return "conv"
-        if a[0] % b[1] == 0:
-            raise module.refused(f"a grouped convolution ({a[0] // b[1]} groups) is not supported")
+    if a_role == "lora_A" and 2 < len(a) == len(b) <= _MAX_CONVOLUTION and set(b[2:]) == {1} and a[0] == b[1]:
+        return "conv"
     raise module.refused(f"lora_A is {a} and lora_B is {b}: the ranks do not fit each other")
 
 
@@ -110,9 +142,10 @@ def _check_magnitude(module: Module, settings: LoraSettings, kind: LowRankKind, 
         return
     if not settings.use_dora:
         raise module.refused("the file holds a lora_magnitude_vector, and use_dora is not set")
-    if kind == "conv":
-        raise module.refused("DoRA on a convolution is not supported")
-    if module.shape("magnitude") != (outputs,):
+    shape = module.shape("magnitude")
+    if kind == "conv" and shape == (1, outputs, *(1,) * (len(shape) - 2)):
+        return
+    if shape != (outputs,):
         raise module.refused(f"lora_magnitude_vector is {module.shape('magnitude')}, it must be ({outputs},)")
 
 

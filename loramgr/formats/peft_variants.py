@@ -10,8 +10,9 @@ from typing import Any
 
 from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields
+from loramgr.formats.peft_methods import TUNERS
 
-__all__ = ["LORA", "TRAINABLE_TOKENS", "peft_type", "refuse_variants"]
+__all__ = ["LORA", "TRAINABLE_TOKENS", "kept_whole", "obstacle_of_variant", "peft_type", "refuse_variants"]
 
 LORA = "LORA"
 TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
@@ -26,21 +27,20 @@ _KNOWN_KEYS = {
         "exclude_modules", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
         "alpha_pattern", "megatron_core", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config",
         "use_dora", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying", "merge_weights",
+        "target_parameters", "use_bdlora", "enable_lora", "velora_config", "monteclora_config",
+        "alora_invocation_tokens", "layer_replication", "use_qalora", "arrow_config", "kasa_config",
     },
     TRAINABLE_TOKENS: _GENERAL_KEYS | {"token_indices", "init_weights"},
+    **{name: _GENERAL_KEYS | tuner.keys for name, tuner in TUNERS.items()},
 }  # fmt: skip
 
+_OBSTACLES = {
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens, which no weight can hold",
+    "layer_replication": "layer_replication gives the layers more updates than the base has weights",
+    "use_qalora": "QALoRA pools the inputs of its layers, which no weight can hold",
+    "arrow_config": "Arrow mixes other adapters by a router that looks at the input",
+}
 _REFUSED_KEYS = {
-    "alora_invocation_tokens": "aLoRA, which acts only after its invocation tokens and cannot be merged",
-    "layer_replication": "layer_replication, whose layers share the base's weights and cannot be merged",
-    "target_parameters": "target_parameters (LoRA on expert parameters)",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
-    "kasa_config": "KaSA, which truncates the base's weights first",
-    "use_qalora": "QALoRA (pooled inputs)",
-    "arrow_config": "Arrow, a router over other adapters",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "enable_lora": "enable_lora (slices of a fused weight)",
     "megatron_config": "Megatron's parallel layers",
     "loftq_config": "LoftQ, which trains on a base quantized and changed at the start",
 }
@@ -51,7 +51,7 @@ _PLAIN_INITS_ANY_CASE = frozenset({"gaussian", "mica"})  # PEFT compares these t
 
 
 def peft_type(fields: Fields) -> str:
-    """Return the configuration's method, LORA or TRAINABLE_TOKENS; IncompatibleError naming any other."""
+    """Return the configuration's method, in capitals; IncompatibleError where it says none."""
     content = fields.content
     if "fine_tune_type" in content and "peft_type" not in content:
         raise IncompatibleError(f"{fields.path}: an adapter of MLX (mlx-lm), which loramgr does not read")
@@ -61,10 +61,23 @@ def peft_type(fields: Fields) -> str:
             f"{fields.path}: no peft_type, so this is not the configuration of a PEFT adapter",
             "save the adapter with PEFT's save_pretrained",
         )
-    method = value.upper()
-    if method not in _KNOWN_KEYS:
-        raise IncompatibleError(f"{fields.path}: peft_type {method} is not supported, only LORA and TRAINABLE_TOKENS")
-    return method
+    return value.upper()
+
+
+def kept_whole(fields: Fields) -> tuple[str, str] | None:
+    """Return method and reason for a variant whose tensors are not taken apart, None for every other."""
+    if _is_unset(fields.content.get("kasa_config")):
+        return None
+    return "KASA", "KaSA truncates the base's weights first, which cannot be taken back"
+
+
+def obstacle_of_variant(fields: Fields, method: str) -> str | None:
+    """Return why an adapter of LoRA or of a tuner cannot be merged, None where it can."""
+    if method == LORA:
+        return next((why for key, why in _OBSTACLES.items() if not _is_unset(fields.content.get(key))), None)
+    if method == "OFT" and not _is_unset(fields.content.get("coft")):
+        return "constrained OFT (coft) projects its rotations while the model runs"
+    return None
 
 
 def refuse_variants(fields: Fields, method: str) -> None:

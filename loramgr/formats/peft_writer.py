@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from loramgr.errors import IncompatibleError
 from loramgr.formats.folder import CONFIGURATION
@@ -23,7 +23,18 @@ from loramgr.tensorfile import Data, TensorSpec, encode_header
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WEIGHTS", "Origins", "WrittenFactors", "WrittenTensor", "factor_bytes", "patterned", "write_peft"]
+__all__ = [
+    "WEIGHTS",
+    "Origins",
+    "WrittenFactors",
+    "WrittenTensor",
+    "alpha_of",
+    "configuration",
+    "factor_bytes",
+    "key_of",
+    "patterned",
+    "write_peft",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 _Value = TypeVar("_Value", int, float)
@@ -87,9 +98,9 @@ def write_peft(
     """
     if not factors and not tensors:
         raise IncompatibleError("there is nothing to write: no module and no tensor is left")
-    placed = [(_key(each.spec.name, factors), each) for each in tensors]
+    placed = [(key_of(each.spec.name, factors), each) for each in tensors]
     (folder / CONFIGURATION).write_text(
-        json.dumps(_configuration(factors, tensors, origins), indent=2, sort_keys=True) + "\n"
+        json.dumps(configuration(factors, tensors, origins), indent=2, sort_keys=True) + "\n"
     )
     metadata = {"format": "pt"} | ({} if origins.base_digest is None else {"base_digest": origins.base_digest})
     pairs = {name: _specs(name, each) for name, each in factors.items()}
@@ -125,7 +136,7 @@ def factor_bytes(factors: WrittenFactors, specs: Sequence[TensorSpec]) -> Iterat
         yield as_bytes(tensor)
 
 
-def _key(name: str, factors: Mapping[str, WrittenFactors]) -> str:
+def key_of(name: str, factors: Mapping[str, WrittenFactors]) -> str:
     """Return the name in the file of a tensor that replaces a parameter."""
     module, _, parameter = name.rpartition(".")
     if not module:
@@ -137,9 +148,10 @@ def _key(name: str, factors: Mapping[str, WrittenFactors]) -> str:
     return f"{PREFIX}{module}.base_layer.{parameter}"
 
 
-def _configuration(
+def configuration(
     factors: Mapping[str, WrittenFactors], tensors: Sequence[WrittenTensor], origins: Origins
 ) -> dict[str, Any]:
+    """Return adapter_config.json as its keys and values."""
     saved, biases = _whole_modules([each.spec.name for each in tensors], factors)
     listed = origins.target_modules if origins.target_modules is not None else sorted(factors)
     return {
@@ -158,7 +170,19 @@ def _configuration(
     }
 
 
-def patterned(factors: Mapping[str, WrittenFactors]) -> dict[str, Any]:
+class Scaled(Protocol):
+    """A low-rank update as far as a configuration tells of it."""
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+
+    @property
+    def scaling(self) -> float:
+        """What its product is multiplied with."""
+
+
+def patterned(factors: Mapping[str, Scaled]) -> dict[str, Any]:
     """Return the fields of a configuration that say which rank and scaling every module has; raises as `alpha_of`."""
     alphas = {name: alpha_of(each.scaling, each.rank) for name, each in factors.items()}
     rank, alpha = _commonest([each.rank for each in factors.values()], 1), _commonest([*alphas.values()], 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loramgr.catalog.query import VersionQuery
+from loramgr.hints import ReadHints
 from loramgr.workspace.options import (
     AddOptions,
     ComposeOptions,
@@ -22,6 +23,7 @@ __all__ = [
     "MergeOptions",
     "PullOptions",
     "PushOptions",
+    "ReadHints",
     "ResizeOptions",
     "Retention",
     "VersionQuery",

@@ -1,4 +1,4 @@
-"""What a version is and how it is published, and the use case that writes one out."""
+"""What a version is and how it is published."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 from loramgr.adapter import Adapter
 from loramgr.catalog.catalog import Writer
 from loramgr.catalog.reader import LogState
-from loramgr.checkpoints.staging import staged
 from loramgr.digests import canonical_json
 from loramgr.errors import ConflictError, IncompatibleError, NotFoundError
-from loramgr.formats import adapter_folder, kept_files, read_adapter
 from loramgr.formats.examination import Examination
-from loramgr.records import ExportReport, FileRecord, VersionRecord
-from loramgr.references import is_path
+from loramgr.formats.files import adapter_files
+from loramgr.records import FileRecord, VersionRecord
 from loramgr.workspace.home import Home
 from loramgr.workspace.options import AddOptions
 from loramgr.workspace.sources import absolute, slug
@@ -27,7 +25,6 @@ __all__ = [
     "annotate",
     "check_finite",
     "doubts",
-    "export_adapter",
     "find_same",
     "manifest",
     "natural_name",
@@ -45,25 +42,6 @@ _MANY = 5
 def reference(version: VersionRecord) -> str:
     """Return how a version is written: `name@vN`."""
     return f"{version.name}@v{version.version}"
-
-
-def export_adapter(home: Home, ref: str, output: Path) -> ExportReport:
-    """Write the files of a version as they came, into a folder that appears whole.
-
-    Raises ConflictError when something is there, IntegrityError when the store's copy is damaged.
-    """
-    if is_path(ref):
-        folder = adapter_folder(Path(ref))
-        read_adapter(folder)
-        names = kept_files(folder, ())
-        _copy_out(folder, names, output)
-        return ExportReport(str(output), names, [])
-    with home.catalog.reading() as reader:
-        version = reader.version(ref)
-    names = [file.path for file in version.files]
-    with home.files_of(version) as folder:
-        _copy_out(folder, names, output)
-    return ExportReport(str(output), names, [])
 
 
 def manifest(adapter: Adapter, files: Sequence[FileRecord], base: str | None) -> bytes:
@@ -140,8 +118,14 @@ def check_finite(path: Path, examination: Examination) -> None:
 
 
 def natural_name(path: Path) -> str:
-    """Return the name an adapter gets when none is given: its folder's, or that of the run it is a checkpoint of."""
-    folder = absolute(adapter_folder(path))
+    """Return the name an adapter gets when none is given: its folder's, or that of the run it is a checkpoint of.
+
+    A file that stands alone gives its own.
+    """
+    files = adapter_files(path)
+    if files.is_single:
+        return slug(files.weights.stem)
+    folder = absolute(files.folder)
     return slug(folder.parent.name if folder.name.startswith("checkpoint-") else folder.name)
 
 
@@ -195,10 +179,3 @@ def doubts(examination: Examination) -> list[str]:
         return []
     more = f" and {len(zero) - _MANY} more" if len(zero) > _MANY else ""
     return [f"the update is zero, it changes nothing: {', '.join(zero[:_MANY])}{more}"]
-
-
-def _copy_out(folder: Path, names: Sequence[str], output: Path) -> None:
-    from loramgr.checkpoints.output import copy_files
-
-    with staged(output) as stage:
-        copy_files(folder, stage, names)

@@ -17,10 +17,11 @@ from pathlib import Path
 from loramgr.adapter import Adapter
 from loramgr.catalog.catalog import Writer
 from loramgr.errors import ConflictError, LoramgrError, NotFoundError, UncheckedError, UsageError
-from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
+from loramgr.formats import examine, kept_files, read_adapter
 from loramgr.formats.discovery import find_adapters, is_checkpoint
 from loramgr.formats.examination import Examination, FileExaminer
-from loramgr.formats.folder import weights_file
+from loramgr.formats.files import adapter_files
+from loramgr.formats.hints import HINTS, ReadHints, encode_hints
 from loramgr.records import AddedVersion, Addition, FileRecord, VersionRecord
 from loramgr.references import check_name, check_tag
 from loramgr.store.batch import StoreBatch, batch
@@ -36,6 +37,7 @@ from loramgr.workspace.adapters import (
     reference,
     summary,
 )
+from loramgr.workspace.finetunes import is_whole_model, written_difference
 from loramgr.workspace.home import Home, NewFiles, file_state
 from loramgr.workspace.matching import Match, Matcher
 from loramgr.workspace.options import AddOptions
@@ -82,10 +84,20 @@ def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
     ConflictError when a tag belongs to another version.
     """
     _check_options(options)
+    if options.base is not None and is_whole_model(path):
+        return _add_fine_tune(home, path, options, options.base)
     addition = _add(home, [_Source(path, options.name if options.name is not None else natural_name(path))], options)
     for error in addition.failed.values():
         raise error
     return addition.added[0]
+
+
+def _add_fine_tune(home: Home, path: Path, options: AddOptions, base: str) -> AddedVersion:
+    """Import a whole model as a version of what it has other than its base."""
+    name = options.name if options.name is not None else slug(absolute(path).name)
+    with written_difference(home, path, base) as (folder, notes):
+        added = add_adapter(home, folder, replace(options, name=name))
+    return replace(added, warnings=[*notes, *added.warnings])
 
 
 def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:
@@ -227,13 +239,15 @@ class _Reader:
         Raises UncheckedError when a file of it cannot be read, and ConflictError when one changed meanwhile.
         """
         try:
-            folder, names = adapter_folder(source.path), kept_files(source.path, self.options.include)
+            files, names = adapter_files(source.path), kept_files(source.path, self.options.include)
+            folder = files.folder
             before = {name: file_state(folder / name) for name in names}
         except OSError as error:
             raise UncheckedError(f"{error.filename or source.path}: cannot be read: {error.strerror}") from error
-        adapter = read_adapter(source.path)
+        adapter = read_adapter(source.path, ReadHints(self.options.alpha, self.options.enable_lora))
         match = self.matcher.match(adapter)
-        examination, files = self._stage(adapter, folder, names, staged)
+        adapter = self.matcher.resolved(adapter, match)
+        examination, kept = self._stage(adapter, files.weights, names, staged)
         for name, state in before.items():
             if file_state(folder / name) != state:
                 raise ConflictError(
@@ -241,20 +255,26 @@ class _Reader:
                 )
         if not self.options.force:
             check_finite(source.path, examination)
-        digest = staged.manifests.put_bytes(manifest(adapter, files, match.digest))
-        return _Prepared(source, adapter, examination, files, match, digest)
+        digest = staged.manifests.put_bytes(manifest(adapter, kept, match.digest))
+        return _Prepared(source, adapter, examination, kept, match, digest)
 
     def _stage(
-        self, adapter: Adapter, folder: Path, names: Sequence[str], staged: StoreBatch
+        self, adapter: Adapter, weights: Path, names: Sequence[str], staged: StoreBatch
     ) -> tuple[Examination, list[FileRecord]]:
-        """Stage the files; the weights are examined as they pass, where their format allows it."""
-        weights = weights_file(folder)
+        """Stage the files; the weights are examined as they pass, where their format allows it.
+
+        What a person had to say so that they could be read goes with them.
+        """
+        folder = weights.parent
         examiner = FileExaminer(adapter, weights) if FileExaminer.reads(adapter, weights) else None
         files = []
-        for name in names:
+        for name in (each for each in names if each != HINTS):
             observe = examiner.update if examiner is not None and folder / name == weights else None
             stored = staged.blobs.put_file(folder / name, observe=observe)
             files.append(FileRecord(name, stored.digest, stored.bytes))
+        if adapter.hints:
+            note = encode_hints(adapter.hints)
+            files.append(FileRecord(HINTS, staged.blobs.put_bytes(note), len(note)))
         return (examine(adapter) if examiner is None else examiner.result()), files
 
 
@@ -302,5 +322,13 @@ def _record(home: Home, writer: Writer, prepared: _Prepared, options: AddOptions
 
 
 def _added(record: VersionRecord, prepared: _Prepared, created: bool) -> AddedVersion:
-    said = (*prepared.source.notes, *prepared.adapter.warnings, *doubts(prepared.examination), *prepared.match.warnings)
+    obstacle = prepared.adapter.obstacle
+    kept = () if obstacle is None else (f"kept as it is, and not to be merged: {obstacle}",)
+    said = (
+        *prepared.source.notes,
+        *kept,
+        *prepared.adapter.warnings,
+        *doubts(prepared.examination),
+        *prepared.match.warnings,
+    )
     return AddedVersion(**{name: getattr(record, name) for name in _FIELDS}, created=created, warnings=[*said])

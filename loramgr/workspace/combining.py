@@ -165,6 +165,9 @@ def combine(
     `own_tables` says of a table whether it is the base's own tensor, which then changes nothing. Raises
     IncompatibleError, naming it, for a parameter whose updates have no sum without the base.
     """
+    for part in parts:
+        if part.adapter.obstacle is not None:
+            raise IncompatibleError(f"{part.ref} cannot be combined: {part.adapter.obstacle}")
     account = Account()
     combiner = _Combiner(parts, parameters, dtype, device, account)
     factors: dict[str, WrittenFactors] = {}
@@ -206,7 +209,11 @@ def _plain(
                 f"{ref} replaces the whole of {name} before its delta, and nobody knows it for the base's own",
                 "loramgr base add PATH, where it is the base's own; else loramgr merge",
             )
-    return update
+        case LowRank() | Replacement() | None:
+            return update
+    raise IncompatibleError(
+        f"{ref} changes {name} by a {type(update).__name__.lower()} update, which has no two factors to combine", hint
+    )
 
 
 def _zero_like(products: Sequence[Product | None]) -> Product:

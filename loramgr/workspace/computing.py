@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from loramgr.adapter import LowRank, Replacement, Rows, Shift
+from loramgr.adapter import LowRank, Opaque, Patch, Replacement, Rows, Shift
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
 from loramgr.memory import Memory, fresh
 from loramgr.tensorfile import Data, TensorSpec
+from loramgr.workspace.applied import Additive, Rebuilding, applied, delta_of, patched
 from loramgr.workspace.contributions import Contribution, whole_tensor
 
 if TYPE_CHECKING:
@@ -190,6 +191,9 @@ def _terms(weight: torch.Tensor | None, contributions: Sequence[Contribution]) -
     wholes = [view for item in contributions if (view := whole_tensor(item.update)) is not None]
     replaced = len(wholes) == len(contributions) == 1 and contributions[0].weight == 1
     start = wholes[0].load() if weight is None or replaced else weight
+    alone = contributions[0] if len(contributions) == 1 else None
+    if alone is not None and alone.weight == 1 and isinstance(alone.update, Patch):
+        return patched(alone.update, start), [], False  # copied, not computed: every bit is the adapter's
     terms: list[Term] = []
     by_column = False
     for item in contributions:
@@ -202,7 +206,7 @@ def _terms_of(item: Contribution, start: torch.Tensor, *, begun: bool) -> list[T
     """Return the terms of one contribution; `begun` says that the whole tensor it may bring is `start` already."""
     import torch
 
-    from loramgr.algebra.terms import LowRankTerm, ReplacedTerm
+    from loramgr.algebra.terms import AddedTerm, LowRankTerm, ReplacedTerm
 
     update, weight = item.update, item.weight
     whole = whole_tensor(update)
@@ -219,6 +223,12 @@ def _terms_of(item: Contribution, start: torch.Tensor, *, begun: bool) -> list[T
             return [*terms, LowRankTerm(one, update.vector.load()[None], update.scaling, weight)]
         case LowRank():
             return _low_rank_terms(update, item, terms, begun=begun)
+        case Opaque():
+            raise IncompatibleError(f"{update.tensor.spec.name}: {update.method}: {update.reason}")
+    if isinstance(update, Additive):
+        return [AddedTerm(_matrix(delta_of(update, tuple(start.shape))), weight)]
+    assert isinstance(update, Rebuilding)
+    return [ReplacedTerm(_matrix(applied(update, start, transposed=item.bound.transposed)), weight)]
 
 
 def _low_rank_terms(update: LowRank, item: Contribution, terms: list[Term], *, begun: bool) -> list[Term]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loramgr.adapter import Adapter, Replacement, Update
+from loramgr.adapter import Adapter, LowRank, Replacement, Rows, Shift, Update, whole_tensor
 from loramgr.checkpoints.binding import Binding, BoundUpdate
 from loramgr.checkpoints.families import TASKS_WITHOUT_VOCABULARY_HEAD, TieGroup, is_output_head
 from loramgr.errors import IncompatibleError
@@ -14,7 +14,7 @@ from loramgr.records import VersionRecord
 from loramgr.tensorfile import TensorView
 from loramgr.workspace.sources import OpenBase
 
-__all__ = ["Contribution", "Pick", "collect", "part_ties", "sha256_as", "whole_tensor"]
+__all__ = ["Contribution", "Pick", "collect", "part_ties", "sha256_as", "whole_tensor", "without_base_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +69,9 @@ def collect(base: OpenBase, picks: Sequence[Pick], replacements_of: str | None, 
     for pick in picks:
         for bound in pick.binding.updates:
             target = bound.tied_source if keep_tied and bound.tied_source else bound.target
-            kept = replace(bound, target=target, update=_without_own_table(base, bound))
+            kept = replace(bound, target=target, update=without_base_table(base, bound))
             found.setdefault(target, []).append(Contribution(pick, kept))
     return {target: _one_replacement(target, items, replacements_of) for target, items in found.items()}
-
-
-def whole_tensor(update: Update) -> TensorView | None:
-    """Return the tensor that takes the parameter's place under the update, None when none does."""
-    return update.tensor if isinstance(update, Replacement) else update.table
 
 
 def part_ties(
@@ -142,9 +137,10 @@ def _sha256(item: Contribution) -> tuple[object, ...]:
     return view.spec.dtype, view.spec.shape, hashlib.sha256(view.read_bytes()).hexdigest()
 
 
-def _without_own_table(base: OpenBase, bound: BoundUpdate) -> Update:
+def without_base_table(base: OpenBase, bound: BoundUpdate) -> Update:
+    """Return the update without the table that takes the parameter's place, where that is the base's own tensor."""
     update = bound.update
-    if isinstance(update, Replacement) or update.table is None:
+    if not isinstance(update, LowRank | Shift | Rows) or update.table is None:
         return update
     known = base.tensors.get(bound.tied_source or bound.target)
     if known is None or known.shape != update.table.spec.shape:

@@ -12,11 +12,13 @@ from typing import Any
 from loramgr.adapter import Adapter
 from loramgr.checkpoints.source import Checkpoint
 from loramgr.errors import IncompatibleError, LoramgrError, NotFoundError
-from loramgr.formats import adapter_folder, read_adapter
+from loramgr.formats import read_adapter
+from loramgr.formats.files import adapter_files
 from loramgr.records import DiffReport, DiffSummary, ModuleDifference, VersionRecord
 from loramgr.workspace.adapters import reference
 from loramgr.workspace.comparing import compare_adapters, compare_models
 from loramgr.workspace.home import Home
+from loramgr.workspace.matching import resolved_for
 from loramgr.workspace.plotting import Picture
 from loramgr.workspace.sources import find_base, is_outside, open_source
 
@@ -29,7 +31,7 @@ class _Adapter:
 
     text: str
     version: VersionRecord | None
-    folder: Path | None
+    folder: Path | None  # of a file that stands alone, the file
 
     @property
     def name(self) -> str:
@@ -105,7 +107,8 @@ def _found(home: Home, text: str) -> _Adapter | _Model:
 
 def _found_outside(text: str) -> _Adapter | _Model:
     try:
-        return _Adapter(text, None, adapter_folder(Path(text)))
+        files = adapter_files(Path(text))
+        return _Adapter(text, None, files.weights if files.is_single else files.folder)
     except (NotFoundError, IncompatibleError) as no_adapter:
         try:
             checkpoint, _, _ = open_source(text)
@@ -125,6 +128,7 @@ def _diff_adapters(home: Home, first: _Adapter, second: _Adapter, *, spectrum: b
                 "compare adapters of one base",
             )
         known = bases[0] or bases[1]
+        a, b = (resolved_for(home, each, known) for each in (a, b))
         modules, notes = compare_adapters(home, (a, b), known, spectrum=spectrum)
     if None in bases and known is not None:
         unknown = first if bases[0] is None else second
@@ -146,10 +150,11 @@ def _diff_adapters(home: Home, first: _Adapter, second: _Adapter, *, spectrum: b
 def _opened(home: Home, side: _Adapter) -> Iterator[Adapter]:
     if side.version is None:
         assert side.folder is not None
-        yield read_adapter(side.folder)
+        yield read_adapter(side.folder, home.hints)
         return
     with home.files_of(side.version) as folder:
-        yield read_adapter(folder)
+        base = side.version.base
+        yield resolved_for(home, read_adapter(folder), None if base is None else base.digest)
 
 
 def _base(side: _Adapter, adapter: Adapter) -> str | None:

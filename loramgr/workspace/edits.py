@@ -11,7 +11,7 @@ from loramgr.records import Removal, VersionRecord
 from loramgr.references import check_name, check_tag, parse_reference
 from loramgr.workspace.adapters import manifest, publish, reference, summary
 from loramgr.workspace.home import Home
-from loramgr.workspace.matching import match_base
+from loramgr.workspace.matching import match_base, resolved_for
 from loramgr.workspace.options import AddOptions
 
 __all__ = ["bind", "label", "measure", "remove", "rename", "tag", "untag"]
@@ -76,6 +76,7 @@ def bind(home: Home, ref: str, base: str, *, force: bool = False) -> VersionReco
         if version.base is not None and version.base.digest == match.digest:
             return version
         files, examination = version.files, examine(adapter)
+        adapter = resolved_for(home, adapter, match.digest)
     content = {
         "summary": summary(adapter, examination, files, match.digest),
         "parents": [{"ref": reference(version), "digest": version.digest}],

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loramgr.adapter import LowRank, Replacement, Rows, Shift, Update
+from loramgr.adapter import LowRank, Opaque, Replacement, Rows, Shift, Update
 from loramgr.errors import IncompatibleError
+from loramgr.workspace.applied import Additive, Rebuilding, applied, delta_of
 from loramgr.workspace.deltas import product_of
 from loramgr.workspace.weights import oriented
 
@@ -35,15 +36,22 @@ def product_alone(update: Update) -> Product:
     raise IncompatibleError(f"{next(update.views()).spec.name} takes a parameter's place and is no delta")
 
 
-def effect_of(update: Update, weight: torch.Tensor | None, transposed: bool) -> Effect:
+def effect_of(
+    update: Update, weight: torch.Tensor | None, transposed: bool, shape: tuple[int, ...] | None = None
+) -> Effect:
     """Return what the update makes of a weight (out, in); None for an update that leaves nothing of it.
 
-    With `transposed` the tensors that take its place are stored as (in, out).
+    With `transposed` the tensors that take its place are stored as (in, out). `shape` is that of the stored tensor,
+    None where nobody knows it. Raises IncompatibleError for an update whose effect only the base tells.
     """
-    from loramgr.algebra.effects import Added, Decomposed, Whole
+    from loramgr.algebra.effects import Added, Decomposed, Dense, Whole
 
-    if isinstance(update, Replacement):
+    if isinstance(update, Replacement | Opaque):
         return Whole(oriented(update.tensor.load(), transposed=transposed))
+    if isinstance(update, Additive):
+        return Dense(oriented(delta_of(update, shape), transposed=False))
+    if isinstance(update, Rebuilding):
+        return _rebuilt(update, weight, transposed, shape)
     table = None if update.table is None else oriented(update.table.load(), transposed=transposed)
     if isinstance(update, Rows):
         return _with_rows(update, weight if table is None else table, transposed)
@@ -51,6 +59,16 @@ def effect_of(update: Update, weight: torch.Tensor | None, transposed: bool) -> 
     if isinstance(update, Shift) or update.magnitude is None:
         return Added(product, table)
     return Decomposed(product, update.magnitude.load().flatten(), table)
+
+
+def _rebuilt(update: Rebuilding, weight: torch.Tensor | None, transposed: bool, shape: tuple[int, ...] | None) -> Whole:
+    from loramgr.algebra.effects import Whole
+
+    if weight is None:
+        raise IncompatibleError(f"{next(update.views()).spec.name}: what it does depends on the base's weights")
+    stored = weight.T if transposed else weight
+    result = applied(update, stored if shape is None else stored.reshape(shape), transposed=transposed)
+    return Whole(oriented(result, transposed=transposed))
 
 
 def whole_rows(update: Rows) -> Whole:

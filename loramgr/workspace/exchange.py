@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from loramgr.cores import usable_cores
+from loramgr.hints import ReadHints
 from loramgr.records import (
     GcReport,
     RemoteRecord,
@@ -23,6 +24,7 @@ from loramgr.workspace.options import PullOptions, PushOptions
 __all__ = ["DAY", "Exchange"]
 
 DAY = timedelta(days=1)
+Where = Path | str | None
 
 
 class Exchange:
@@ -31,14 +33,17 @@ class Exchange:
     A `remote` is a registered name or a URL, None the only one registered, or the one named origin.
     """
 
-    def __init__(self, home: Path | str | None = None, *, jobs: int | None = None, progress: bool = False) -> None:
+    def __init__(
+        self, home: Where = None, *, jobs: int | None = None, progress: bool = False, hints: ReadHints | None = None
+    ) -> None:
         self.home = default_home() if home is None else Path(home)
         self._jobs = jobs or usable_cores()
         self._progress = progress
+        self._hints = hints
 
     @cached_property
     def _opened(self) -> Home:
-        return Home.open(self.home, self._jobs, self._progress)
+        return Home.open(self.home, self._jobs, self._progress, self._hints)
 
     def remote_add(self, name: str, url: str) -> RemoteRecord:
         """Register a remote under a name."""

@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from loramgr.catalog.catalog import Catalog, Writer
 from loramgr.digests import digest_bytes
 from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError
+from loramgr.hints import ReadHints
 from loramgr.log import Entry, LogKind
 from loramgr.needs import mentioned
 from loramgr.records import VersionRecord
@@ -60,16 +61,20 @@ def catalog_path(home: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """A home folder with its store and catalog; `jobs` threads for parallel work, `progress` for bars on a terminal."""
+    """A home folder with its store and catalog; `jobs` threads for parallel work, `progress` for bars on a terminal.
+
+    `hints` is what a person says of adapters given as paths that their files do not.
+    """
 
     path: Path
     store: Store
     catalog: Catalog
     jobs: int
     progress: bool
+    hints: ReadHints = field(default_factory=ReadHints)
 
     @classmethod
-    def open(cls, path: Path, jobs: int, progress: bool) -> Home:
+    def open(cls, path: Path, jobs: int, progress: bool, hints: ReadHints | None = None) -> Home:
         """Open a home, made on first use.
 
         Raises IntegrityError when store and catalog do not belong together or the catalog of a store that was used
@@ -79,7 +84,7 @@ class Home:
         catalog = catalog_path(path)
         if not catalog.exists() and next(store.entries.digests(), None) is not None:
             raise IntegrityError(f"{catalog}: the catalog of this store is missing", "loramgr db rebuild")
-        return cls(path, store, Catalog.open(catalog, store.uuid), jobs, progress)
+        return cls(path, store, Catalog.open(catalog, store.uuid), jobs, progress, hints or ReadHints())
 
     @property
     def cache(self) -> Path:

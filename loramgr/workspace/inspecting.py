@@ -9,22 +9,22 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loramgr.adapter import Adapter, LowRank, Update
+from loramgr.adapter import Adapter
 from loramgr.catalog.reader import Reader
 from loramgr.digests import digest_bytes, digest_file
 from loramgr.errors import IncompatibleError, LoramgrError
 from loramgr.formats import adapter_folder, examine, kept_files, read_adapter
 from loramgr.formats.examination import Examination
-from loramgr.records import BaseReference, FileRecord, InspectReport, ModuleRecord, VersionRecord
+from loramgr.formats.registry import told_instead
+from loramgr.records import BaseReference, FileRecord, FileReport, InspectReport, VersionRecord
 from loramgr.references import is_path
-from loramgr.workspace.adapters import manifest, summary
+from loramgr.workspace.adapters import manifest, natural_name, summary
+from loramgr.workspace.describing import described_module
 from loramgr.workspace.home import Home
 from loramgr.workspace.loading import loading_torch
-from loramgr.workspace.matching import bind_registered
-from loramgr.workspace.pairs import kind_alone, module_name
+from loramgr.workspace.matching import bind_registered, resolved_for
 from loramgr.workspace.plotting import Picture
-from loramgr.workspace.sources import slug
-from loramgr.workspace.spectra import Delta, measured
+from loramgr.workspace.spectra import measured
 
 __all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
 
@@ -33,19 +33,22 @@ __all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
 def open_adapter(home: Home, ref: str) -> Iterator[tuple[VersionRecord, Adapter, Path]]:
     """Give a version, its adapter and the folder of its files, from the store or, for a path, from disk."""
     if is_path(ref):
-        folder = adapter_folder(Path(ref))
-        adapter = read_adapter(folder)
-        yield version_of_folder(home, folder, adapter), adapter, folder
+        path = Path(ref)
+        adapter = read_adapter(path, home.hints)
+        adapter = resolved_for(home, adapter, adapter.base_digest)
+        yield version_of_folder(home, path, adapter), adapter, adapter_folder(path)
         return
     with home.catalog.reading() as reader:
         version = reader.version(ref)
     with home.files_of(version) as folder:
-        yield version, read_adapter(folder), folder
+        base = None if version.base is None else version.base.digest
+        yield version, resolved_for(home, read_adapter(folder), base), folder
 
 
-def version_of_folder(home: Home, folder: Path, adapter: Adapter) -> VersionRecord:
+def version_of_folder(home: Home, path: Path, adapter: Adapter) -> VersionRecord:
     """Return the record that an adapter on disk would be published with; its version is 0, since it has none."""
-    sizes = {name: (folder / name).stat().st_size for name in kept_files(folder, ())}
+    folder = adapter_folder(path)
+    sizes = {name: (folder / name).stat().st_size for name in kept_files(path, ())}
     files = [FileRecord(name, digest_file(folder / name), size) for name, size in sizes.items()]
     digest = adapter.base_digest
     with home.catalog.reading() as reader:
@@ -56,7 +59,7 @@ def version_of_folder(home: Home, folder: Path, adapter: Adapter) -> VersionReco
     return VersionRecord(
         **{
             **shared,
-            "name": slug(folder.name),
+            "name": natural_name(path),
             "version": 0,
             "digest": digest_bytes(manifest(adapter, files, digest)),
             "base": base,
@@ -71,12 +74,19 @@ def version_of_folder(home: Home, folder: Path, adapter: Adapter) -> VersionReco
     )
 
 
-def inspect_adapter(home: Home, ref: str, *, spectrum: bool, plot: Path | str | None = None) -> InspectReport:
+def inspect_adapter(
+    home: Home, ref: str, *, spectrum: bool, plot: Path | str | None = None
+) -> InspectReport | FileReport:
     """Report what an adapter's tensors say; `ref` may be a path, which needs no catalog entry.
+
+    Of a path that is no adapter the report says what it is instead.
 
     With `spectrum` every delta is measured against the others and, where its base is at hand, against its weight;
     `plot` is a picture file to write, None for none.
     """
+    told = told_instead(Path(ref)) if is_path(ref) else None
+    if told is not None:
+        return FileReport(ref, told.kind, told.sentence, [*told.evidence], [*told.unexplained], told.hint)
     picture = None if plot is None else Picture(plot)
     with open_adapter(home, ref) as (version, adapter, _):
         examination = examine(adapter)
@@ -85,7 +95,8 @@ def inspect_adapter(home: Home, ref: str, *, spectrum: bool, plot: Path | str | 
         with loading_torch(), ThreadPoolExecutor(max_workers=max(1, home.jobs)) as pool:
             items = sorted(adapter.updates.items())
             described = [
-                pool.submit(_module, name, update, fit.kinds.get(name), spectrum=spectrum) for name, update in items
+                pool.submit(described_module, name, update, fit.kinds.get(name), spectrum=spectrum)
+                for name, update in items
             ]
             modules = [each.result() for each in described]
             if spectrum:
@@ -97,6 +108,9 @@ def inspect_adapter(home: Home, ref: str, *, spectrum: bool, plot: Path | str | 
         mergeable=fit.obstacle is None,
         reason=fit.obstacle,
         share_of_base=fit.share,
+        dialect=adapter.dialect,
+        evidence=[*adapter.evidence],
+        training={key: value for key, value in adapter.config.items() if key.startswith("ss_")},
     )
     if picture is None:
         return report
@@ -117,7 +131,9 @@ class _Fit:
 
 
 def _fit(home: Home, version: VersionRecord, adapter: Adapter, examination: Examination) -> _Fit:
-    obstacle = f"NaN or infinite values in {examination.non_finite[0]}" if examination.non_finite else None
+    obstacle = adapter.obstacle
+    if obstacle is None and examination.non_finite:
+        obstacle = f"NaN or infinite values in {examination.non_finite[0]}"
     with home.catalog.reading() as reader:
         bases = [] if version.base is None else reader.bases_with_digest(version.base.digest)
     if not bases:
@@ -130,39 +146,6 @@ def _fit(home: Home, version: VersionRecord, adapter: Adapter, examination: Exam
     except LoramgrError as error:
         return _Fit(obstacle or f"could not be checked: {error.message}", share=share)
     return _Fit(obstacle, {update.name: update.kind for update in bound}, share)
-
-
-def _module(name: str, update: Update, kind: str | None, *, spectrum: bool) -> ModuleRecord:
-    """Describe one update; `kind` is what it is on the base, None to go by the adapter alone."""
-    kind = kind or kind_alone(name, update)
-    if isinstance(update, LowRank):
-        return _low_rank_module(module_name(name), update, kind, spectrum=spectrum)
-    spec = next(update.views()).spec
-    inputs = spec.shape[1] if len(spec.shape) == 2 else None
-    outputs = spec.shape[0] if spec.shape else None
-    return ModuleRecord(module_name(name), kind, None, None, None, inputs, outputs, spec.dtype, None, None)
-
-
-def _low_rank_module(name: str, update: LowRank, kind: str, *, spectrum: bool) -> ModuleRecord:
-    from loramgr.algebra.spectrum import effective_rank, frobenius_norm
-
-    delta = Delta.of(update)
-    told = None if delta is None or not spectrum else delta
-    return ModuleRecord(
-        name=name,
-        kind=kind,
-        rank=update.rank,
-        alpha=update.alpha,
-        scaling=update.scaling,
-        in_features=update.lora_A.spec.shape[1],
-        out_features=update.lora_B.spec.shape[0],
-        dtype=update.lora_A.spec.dtype,
-        delta_norm=None if delta is None else frobenius_norm(delta.values),
-        effective_rank=None if delta is None else effective_rank(delta.values),
-        spectrum=None if told is None else told.values.tolist(),
-        rank_used=None if told is None else told.rank_used,
-        dead_ranks=None if told is None else told.dead_ranks,
-    )
 
 
 def _zero(examination: Examination) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,9 +269,15 @@ def _change(name: str, tensor: torch.Tensor, terms: Sequence[LowRankTerm], numer
 
 def _in_memory(item: Contribution) -> Contribution:
     """Return the contribution with its tensors loaded: the files that they are read from need not stay."""
-    loaded: dict[str, Any] = {}
-    for each in fields(item.update):
-        value = getattr(item.update, each.name)
-        if hasattr(value, "read_bytes"):
-            loaded[each.name] = MemoryTensor(value.spec, value.load())
-    return replace(item, bound=replace(item.bound, update=replace(item.update, **loaded)))
+    return replace(item, bound=replace(item.bound, update=_loaded(item.update)))
+
+
+def _loaded(value: Any) -> Any:
+    """Return an update, or what one is made of, with its tensors in memory."""
+    if hasattr(value, "read_bytes"):
+        return MemoryTensor(value.spec, value.load())
+    if isinstance(value, tuple):
+        return tuple(map(_loaded, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _loaded(getattr(value, each.name)) for each in fields(value)})
+    return value

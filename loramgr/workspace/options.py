@@ -28,7 +28,8 @@ class AddOptions:
     `name` None: the folder's, or its parent's for `checkpoint-N`; `base` None: the recorded digest's, else the one the
     configuration names; `include` are globs of further files to keep; `parents` empty: the latest version; `force`
     imports what would be refused for NaN or infinite values or for a base that does not fit; `recipe` is how it was
-    made of others, as JSON, None for a checkpoint that was trained.
+    made of others, as JSON, None for a checkpoint that was trained. `alpha` and `enable_lora` are what the files of
+    some formats do not say, as in `ReadHints`.
     """
 
     name: str | None = None
@@ -41,6 +42,8 @@ class AddOptions:
     parents: Sequence[str] = ()
     force: bool = False
     recipe: Mapping[str, Any] | None = None
+    alpha: float | None = None
+    enable_lora: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

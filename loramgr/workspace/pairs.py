@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from loramgr.adapter import LowRank, Replacement, Rows, Shift, Update
+from loramgr.adapter import (
+    Decomposed,
+    Experts,
+    LowRank,
+    Opaque,
+    Orthogonal,
+    Replacement,
+    Rows,
+    Scale,
+    Shift,
+    Update,
+    whole_tensor,
+)
 from loramgr.errors import IncompatibleError
 from loramgr.records import ModuleDifference
+from loramgr.workspace.applied import Additive
 from loramgr.workspace.effects import effect_of, product_alone, whole_rows
 from loramgr.workspace.weights import Weight, Weights, without_own_table
 
@@ -50,16 +63,31 @@ def kind_alone(name: str, update: Update) -> str:
         return "bias"
     if isinstance(update, Rows):
         return "tokens"
+    if isinstance(update, Opaque):
+        return "opaque"
+    if name.endswith(".bias"):
+        return "bias"
     if isinstance(update, Replacement):
-        return "bias" if name.endswith(".bias") else "saved"
-    if update.kind == "conv":
-        return f"conv{len(update.lora_A.spec.shape) - 2}d"
-    return "conv1d" if update.kind == "linear" and update.fan_in_fan_out else update.kind
+        return "saved"
+    return "experts" if isinstance(update, Experts) else _layer_alone(update)
+
+
+def _layer_alone(update: Update) -> str:
+    match update:
+        case LowRank() if update.kind == "conv":
+            return f"conv{len(update.lora_A.spec.shape) - 2}d"
+        case LowRank() if update.kind == "embedding":
+            return "embedding"
+        case Decomposed():
+            return _layer_alone(update.inner)
+        case LowRank() | Scale() | Orthogonal() if update.fan_in_fan_out:
+            return "conv1d"
+    return "linear"
 
 
 def needs_weight(pair: Pair) -> bool:
-    """Say whether all figures of the pair can be told only with the base: its deltas are no products of factors."""
-    return not all(_is_product(update) for update in pair.updates)
+    """Say whether all figures of the pair can be told only with the base: its deltas do not follow from the adapter."""
+    return not (all(map(_is_product, pair.updates)) or all(map(_is_delta, pair.updates)))
 
 
 def compare(pair: Pair, weights: Weights | None, *, spectrum: bool) -> ModuleDifference:
@@ -76,7 +104,8 @@ def compare(pair: Pair, weights: Weights | None, *, spectrum: bool) -> ModuleDif
         settled = [None if each is None else without_own_table(each, weight) for each in (pair.a, pair.b)]
         pair = replace(pair, a=settled[0], b=settled[0] if pair.a is pair.b else settled[1])
     if not needs_weight(pair):
-        return _compared(pair, blank, spectrum=spectrum)
+        products = all(map(_is_product, pair.updates))
+        return _compared(pair, blank, spectrum=spectrum) if products else _compared_deltas(pair, blank)
     return _compared_densely(pair, blank, weight)
 
 
@@ -87,6 +116,26 @@ def _is_product(update: Update) -> bool:
         case Shift():
             return update.table is None
     return False
+
+
+def _is_delta(update: Update) -> bool:
+    """Say whether the update adds what the adapter alone tells."""
+    return _is_product(update) or (isinstance(update, Additive) and getattr(update, "indices", None) is None)
+
+
+def _compared_deltas(pair: Pair, blank: ModuleDifference) -> ModuleDifference:
+    """Compare deltas that are not all products of two factors; the weight is in neither of them."""
+    import torch
+
+    from loramgr.algebra.effects import effect_distances
+
+    a, b = (None if each is None else effect_of(each, None, transposed=False) for each in (pair.a, pair.b))
+    if pair.a is pair.b:
+        b = a
+    shapes = {each.shape for each in (a, b) if each is not None}
+    if len(shapes) > 1:
+        raise IncompatibleError(f"{blank.name}: the deltas are of different shapes: adapters of different bases")
+    return _with_distances(blank, effect_distances(a, b, torch.zeros(()).expand(shapes.pop())))
 
 
 def _compared(pair: Pair, blank: ModuleDifference, *, spectrum: bool) -> ModuleDifference:
@@ -156,7 +205,10 @@ def _compared_densely(pair: Pair, blank: ModuleDifference, weight: Weight | None
         return _compared_alone(pair, blank)
     from loramgr.algebra.effects import effect_distances
 
-    a, b = (None if each is None else effect_of(each, weight.tensor, weight.transposed) for each in (pair.a, pair.b))
+    a, b = (
+        None if each is None else effect_of(each, weight.tensor, weight.transposed, weight.shape)
+        for each in (pair.a, pair.b)
+    )
     own = weight.tensor
     shapes = {each.shape for each in (a, b) if each is not None} | (set() if own is None else {tuple(own.shape)})
     if len(shapes) > 1:
@@ -177,7 +229,7 @@ def _compared_alone(pair: Pair, blank: ModuleDifference) -> ModuleDifference:
     transposed = any(isinstance(each, LowRank) and _is_transposed(each) for each in pair.updates)
     if isinstance(pair.a, Rows) and isinstance(pair.b, Rows) and pair.a.indices == pair.b.indices:
         effects: list[Effect] = [whole_rows(each) for each in (pair.a, pair.b)]
-    elif all(isinstance(each, Replacement) or each.table is not None for each in pair.updates):
+    elif all(isinstance(each, Opaque) or whole_tensor(each) is not None for each in pair.updates):
         effects = [effect_of(each, None, transposed) for each in (pair.a, pair.b)]
     else:
         return blank
@@ -212,7 +264,8 @@ def _facts(update: Update) -> tuple[object, ...]:
             return (*shapes, update.scaling, update.table is None)
         case Rows():
             return (*shapes, update.indices, update.table is None)
-    return shapes
+    numbers = (getattr(update, each.name) for each in fields(update))
+    return (*shapes, *(each for each in numbers if isinstance(each, int | float | str)))
 
 
 def _is_transposed(update: LowRank) -> bool:

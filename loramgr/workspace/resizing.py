@@ -92,6 +92,8 @@ def _check(options: ResizeOptions) -> None:
 
 def _updates(ref: str, adapter: Adapter) -> dict[str, LowRank]:
     """Return the updates that can be resized, without the tensors that take a parameter's place before them."""
+    if adapter.obstacle is not None:
+        raise IncompatibleError(f"{ref} is not resized: {adapter.obstacle}")
     shifted = next((name for name, update in adapter.updates.items() if isinstance(update, Shift)), None)
     if shifted is not None:
         raise IncompatibleError(f"{ref}: {shifted} moves with the scaling of its module (lora_bias): not resized")
@@ -99,6 +101,12 @@ def _updates(ref: str, adapter: Adapter) -> dict[str, LowRank]:
     if not updates:
         raise IncompatibleError(f"{ref} has no low-rank updates: nothing to resize", f"loramgr inspect {ref}")
     for name, update in updates.items():
+        if adapter.format != "peft" or {update.lora_A.spec, update.lora_B.spec} - {*adapter.specs}:
+            raise IncompatibleError(
+                f"{ref}: the factors of {name} are not stored as those of PEFT's LoRA ({adapter.format}, "
+                f"{adapter.method}): not resized",
+                f"loramgr export {ref} DIR --format peft, then resize that",
+            )
         if update.magnitude is not None:
             raise IncompatibleError(
                 f"{ref}: {name} is decomposed by DoRA, whose norms were trained with the whole of its delta: a delta "

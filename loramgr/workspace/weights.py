@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loramgr.adapter import Adapter, Replacement, Update
+from loramgr.adapter import Adapter, LowRank, Rows, Shift, Update
 from loramgr.checkpoints.binding import BoundUpdate
 from loramgr.errors import IntegrityError
 from loramgr.tensorfile import TensorView
@@ -24,11 +24,13 @@ __all__ = ["Weight", "Weights", "oriented", "without_own_table"]
 class Weight:
     """A parameter of the base as a matrix (out, in), None for one that the base lacks.
 
-    With `transposed` the base stores it, and every tensor that takes its place, as (in, out).
+    With `transposed` the base stores it, and every tensor that takes its place, as (in, out). `shape` is that of the
+    stored tensor, None where there is none.
     """
 
     tensor: torch.Tensor | None
     transposed: bool
+    shape: tuple[int, ...] | None = None
 
 
 class Weights:
@@ -57,7 +59,9 @@ class Weights:
         transposed = any(each.transposed for each in bound)
         name = bound[0].tied_source or bound[0].target
         view = None if bound[0].new else self._base.checkpoint.tensors[name]
-        return Weight(None if view is None else oriented(self._proved(name, view), transposed=transposed), transposed)
+        if view is None:
+            return Weight(None, transposed)
+        return Weight(oriented(self._proved(name, view), transposed=transposed), transposed, view.spec.shape)
 
     def _proved(self, name: str, view: TensorView) -> torch.Tensor:
         from loramgr.tensors import from_bytes
@@ -78,7 +82,7 @@ def without_own_table(update: Update, weight: Weight) -> Update:
     """Return the update without the table that takes the weight's place, where that is the weight itself."""
     import torch
 
-    if isinstance(update, Replacement) or update.table is None or weight.tensor is None:
+    if not isinstance(update, LowRank | Shift | Rows) or update.table is None or weight.tensor is None:
         return update
     table = oriented(update.table.load(), transposed=weight.transposed)
     same = table.dtype == weight.tensor.dtype and torch.equal(table, weight.tensor)

@@ -21,6 +21,7 @@ from loramgr.records import (
     DerivedVersion,
     DiffReport,
     ExportReport,
+    FileReport,
     GcReport,
     HistoryEntry,
     InspectReport,
@@ -52,14 +53,15 @@ Bases = list[BaseRecord]
 Versions = list[VersionRecord]
 Entries = list[HistoryEntry]
 Usages = list[Usage]
+Inspection = InspectReport | FileReport
 
 
 class Workspace(Exchange):
     """A home folder with a store and a catalog, made on first use.
 
     `home` None means `LORAMGR_HOME`, else the platform's folder for user data; `jobs` None means one thread per core;
-    `progress` shows bars on a terminal. Every method raises a subclass of `LoramgrError` for what a person can
-    mend, and leaves catalog, store and outputs as they were when it does.
+    `progress` shows bars on a terminal; `hints` is what adapters given as paths do not say. Every method raises a
+    subclass of `LoramgrError` for what a person can mend, and leaves catalog, store and outputs as they were then.
     """
 
     def base_add(self, source: str | Path, name: str | None = None) -> BaseRecord:
@@ -134,7 +136,7 @@ class Workspace(Exchange):
 
         return usage(self._opened, by)
 
-    def inspect(self, ref: str, *, spectrum: bool = False, plot: Path | str | None = None) -> InspectReport:
+    def inspect(self, ref: str, *, spectrum: bool = False, plot: Path | str | None = None) -> Inspection:
         """Report what the tensors of a version, or of an adapter on disk, say; `plot` is a picture file to write."""
         from loramgr.workspace import inspecting
 
@@ -146,11 +148,11 @@ class Workspace(Exchange):
 
         return diffing.diff(self._opened, a, b, spectrum=spectrum, plot=plot)
 
-    def export(self, ref: str, output: Path | str) -> ExportReport:
-        """Write the files of an adapter as they came."""
-        from loramgr.workspace import adapters
+    def export(self, ref: str, output: Path | str, format: str | None = None, base: str | None = None) -> ExportReport:
+        """Write an adapter for another tool: its files as they came, or in another format."""
+        from loramgr.workspace import exporting
 
-        return adapters.export_adapter(self._opened, ref, Path(output))
+        return exporting.export_adapter(self._opened, ref, Path(output), format, base)
 
     def compose(
         self,

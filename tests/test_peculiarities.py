@@ -1,0 +1,121 @@
+"""What `inspect` says of paths that are no adapters, and that it needs neither torch nor time for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_files import write_mlx_folder
+
+from loramgr import FileReport, InspectReport, IntegrityError, NotFoundError, Workspace
+from loramgr.tensorfile import TensorSpec, encode_header
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("home"))
+
+
+def told(workspace: Workspace, path: Path) -> FileReport:
+    report = workspace.inspect(str(path))
+    assert isinstance(report, FileReport)
+    assert not report.mergeable
+    return report
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind"),
+    [
+        ("adapter_model.safetensors", POINTER, "git-lfs-pointer"),
+        ("x.pt", b"", "empty"),
+        ("notes.md", "Grüße".encode(), "text"),
+        ("tokenizer.json", b'{"version": "1.0"}', "tokenizer"),
+        ("config.json", b'{"model_type": "llama"}', "model-configuration"),
+        ("x.json", b"[1]", "json"),
+        ("optimizer.pt", b"\x80\x04.", "training-state"),
+        ("training_args.bin", b"PK\x03\x04", "training-state"),
+        ("x.gz", b"\x1f\x8b\x08", "archive"),
+    ],
+)
+def test_by_the_first_bytes(workspace: Workspace, tmp_path: Path, name: str, data: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert told(workspace, tmp_path / name).kind == kind
+
+
+def test_archives(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a", "a")
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        file.add(tmp_path / "a", "a")
+    assert {told(workspace, tmp_path / f"x.{end}").kind for end in ("zip", "tar")} == {"archive"}
+
+
+def test_pickles(workspace: Workspace, tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    torch.save(torch.optim.Adam(layer.parameters()).state_dict(), tmp_path / "state.bin")
+    assert told(workspace, tmp_path / "state.bin").kind == "optimizer-state"
+    torch.save({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "model.bin")
+    assert told(workspace, tmp_path / "model.bin").kind == "base-model"
+    torch.save({"a": [1]}, tmp_path / "other.bin")
+    assert told(workspace, tmp_path / "other.bin").kind == "unreadable"
+
+
+def test_models_and_files_of_nobody(workspace: Workspace, shared_data: Path) -> None:
+    base = shared_data / "bases" / "tinyllama-char"
+    for path in (base, base / "model.safetensors"):
+        report = told(workspace, path)
+        assert report.kind == "base-model"
+        assert report.hint == f"loramgr base add {path}"
+    unknown = told(workspace, shared_data / "found" / "sam-lora-ranks" / "lora_rank4.safetensors")
+    assert (unknown.kind, len(unknown.unexplained)) == ("unknown-tensors", 48)
+    alone = shared_data / "trained" / "tinyllama-char" / "lic-r8-qv" / "adapter_model.safetensors"
+    assert isinstance(workspace.inspect(str(alone)), InspectReport)
+
+
+def test_an_adapter_has_its_evidence(workspace: Workspace, tmp_path: Path) -> None:
+    report = workspace.inspect(str(write_mlx_folder(tmp_path / "adapter")))
+    assert isinstance(report, InspectReport)
+    assert (report.format, report.method, report.scaling) == ("mlx", "lora", 3.0)
+    assert report.evidence[0] == "adapter_config.json has fine_tune_type 'lora' and no peft_type"
+    assert len(report.modules) == 4
+
+
+def test_weights_without_their_configuration(workspace: Workspace, tmp_path: Path) -> None:
+    spec = TensorSpec("base_model.model.q.lora_A.weight", "F32", (1, 1))
+    (tmp_path / "adapter_model.safetensors").write_bytes(encode_header([spec], None) + bytes(4))
+    assert told(workspace, tmp_path / "adapter_model.safetensors").kind == "peft-weights"
+
+
+def test_damaged_and_missing_files_are_errors(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(IntegrityError, match="the header claims"):
+        workspace.inspect(str(tmp_path / "x.safetensors"))
+    with pytest.raises(NotFoundError, match="no such file or folder"):
+        workspace.inspect(str(tmp_path / "nowhere"))
+
+
+def test_a_large_file_takes_milliseconds_and_no_torch(tmp_path: Path) -> None:
+    size = 1 << 30
+    header = encode_header([TensorSpec("model.embed_tokens.weight", "F32", (size // 4,))], None)
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+    code = (
+        "import json, sys, time; from pathlib import Path; from loramgr.formats.registry import told_instead\n"
+        f"start = time.perf_counter(); told = told_instead(Path({str(path)!r})); taken = time.perf_counter() - start\n"
+        "print(json.dumps([told.kind, 'torch' in sys.modules, taken]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kind, has_torch, taken = json.loads(done.stdout)
+    assert (kind, has_torch) == ("base-model", False)
+    assert taken < 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from loramgr.errors import UsageError
 
@@ -15,11 +16,13 @@ class ReadHints:
     """What the files of some formats do not say; None where nobody said it.
 
     `alpha` is the numerator of the scaling, for formats that do not store it; `enable_lora` says which slices of a
-    fused weight have factors (loralib's MergedLinear). Raises UsageError for an alpha that is no finite number.
+    fused weight have factors (loralib's MergedLinear); `initial` is the adapter as it was before the training, for one
+    of PEFT whose initialisation changed the base. Raises UsageError for an alpha that is no finite number.
     """
 
     alpha: float | None = None
     enable_lora: tuple[bool, ...] | None = None
+    initial: Path | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not math.isfinite(self.alpha):

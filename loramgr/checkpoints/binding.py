@@ -15,7 +15,7 @@ from loramgr.checkpoints.families import (
     is_output_head,
     is_vocabulary,
 )
-from loramgr.checkpoints.fitting import cut_to, turned_experts
+from loramgr.checkpoints.fitting import turned_experts
 from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renamings
 from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, layered, refuse_quantized
 from loramgr.checkpoints.tying import keep_tied
@@ -114,7 +114,7 @@ def bind(
     }
     targets = {name: target for name, target in targets.items() if name not in lacking}
     pairs = {
-        name: Pair(cut_to(adapter.updates[name], spec), spec)
+        name: Pair(adapter.updates[name], spec)
         for name, target in targets.items()
         if (spec := base.spec(target)) is not None
     }

@@ -1,4 +1,4 @@
-"""Updates that only the base completes: factors that all layers share, and square experts' matrices."""
+"""Updates that only the base completes: square experts' matrices."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loramgr.adapter import Experts, LowRank, Update
+from loramgr.adapter import Experts
 from loramgr.checkpoints.shapes import Pair
 from loramgr.errors import IncompatibleError
-from loramgr.tensorfile import TensorSpec
-from loramgr.views import ComputedTensor
 
-__all__ = ["cut_to", "turned_experts"]
+__all__ = ["turned_experts"]
 
 _TURNED_TYPES = frozenset({"gpt_oss", "llama4", "llama4_text"})  # models that store experts as (in, out)
-
-
-def cut_to(update: Update, spec: TensorSpec) -> Update:
-    """Return the update with the inputs of a shared lora_A that the layer has; every other update as it is."""
-    if not isinstance(update, LowRank) or not update.shared or len(spec.shape) != 2:
-        return update
-    whole, outputs = update.lora_A, update.lora_B.spec.shape[0]
-    inputs = spec.shape[1] if spec.shape[0] == outputs else spec.shape[0]
-    rank, known = whole.spec.shape
-    if inputs >= known:
-        return update
-    cut = TensorSpec(whole.spec.name, whole.spec.dtype, (rank, inputs))
-    return replace(update, lora_A=ComputedTensor(cut, lambda: whole.load()[:, :inputs]))
 
 
 def turned_experts(pairs: Mapping[str, Pair], config: Mapping[str, Any] | None) -> dict[str, Pair]:

@@ -11,6 +11,7 @@ from loramgr.cli.lazy import Command
 from loramgr.cli.options import (
     force_option,
     hint_options,
+    initial_option,
     jobs_option,
     measurement,
     name_argument,
@@ -38,6 +39,7 @@ SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - b
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="Its parent.  [default: the latest version]")
 @click.option("--all", "everything", is_flag=True, help="Add the adapters beneath PATH too where it is one itself.")
 @hint_options
+@initial_option
 @force_option
 @jobs_option
 @click.pass_obj
@@ -99,6 +101,7 @@ def log(session: Session, /, name: str) -> None:
 @click.option("--spectrum", is_flag=True, help="Singular values, ranks really used, shares of the weights, outliers.")
 @plot_option
 @hint_options
+@initial_option
 @click.pass_obj
 def inspect(session: Session, /, ref: str, spectrum: bool, plot: Path | None, **hints: Any) -> None:
     """Look into an adapter: ranks, norms, what it would change.

@@ -19,6 +19,7 @@ __all__ = [
     "folder_argument",
     "force_option",
     "hint_options",
+    "initial_option",
     "jobs_option",
     "measurement",
     "name_argument",
@@ -86,6 +87,13 @@ def hint_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _folder = click.Path(path_type=Path)
+
+initial_option = click.option(
+    "--initial",
+    type=_folder,
+    metavar="PATH",
+    help="The adapter before its training, of one that began by changing the base (PiSSA, OLoRA, CorDA, LoRA-GA).",
+)
 
 ref_argument = click.argument("ref")
 name_argument = click.argument("name")

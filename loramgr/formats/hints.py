@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def with_those_beside(hints: ReadHints, folder: Path) -> ReadHints:
     if not path.is_file():
         return hints
     fields = Fields(path, load_configuration(path))
-    return ReadHints(
+    return replace(
+        hints,
         alpha=hints.alpha if hints.alpha is not None else _alpha(fields),
         enable_lora=hints.enable_lora if hints.enable_lora is not None else _slices(fields),
     )

@@ -26,7 +26,7 @@ from loramgr.formats.peft_variants import LORA, TRAINABLE_TOKENS, kept_whole, ob
 from loramgr.pickles import read_pickle
 from loramgr.tensorfile import FLOAT_DTYPES, TensorView, read_header
 
-__all__ = ["read_peft"]
+__all__ = ["load_parts", "read_parts", "read_peft"]
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -35,10 +35,14 @@ def read_peft(folder: Path) -> Adapter:
     Raises NotFoundError, IntegrityError for damaged files, and IncompatibleError for a method, variant, tensor or
     shape that is not supported.
     """
+    return read_parts(*load_parts(folder))
+
+
+def load_parts(folder: Path) -> tuple[Fields, dict[str, TensorView], dict[str, str]]:
+    """Return the configuration, the tensors and their metadata; raises as `read_peft`, for damage alone."""
     path = folder / CONFIGURATION
     fields = Fields(path, load_configuration(path))
-    tensors, metadata = _read_weights(weights_file(folder))
-    return read_parts(fields, tensors, metadata)
+    return fields, *_read_weights(weights_file(folder))
 
 
 def read_parts(fields: Fields, tensors: dict[str, TensorView], metadata: Mapping[str, str]) -> Adapter:

@@ -7,7 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loramgr.adapter import Adapter, LowRank, Replacement, Shift
+from loramgr.adapter import (
+    Adapter,
+    Butterfly,
+    Decomposed,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Opaque,
+    Orthogonal,
+    Replacement,
+    Scale,
+    Shift,
+    Update,
+)
 from loramgr.errors import IncompatibleError
 from loramgr.formats.folder import CONFIGURATION
 from loramgr.formats.peft_keys import PREFIX
@@ -19,6 +32,14 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["export_peft"]
+
+_NOT_HELD: tuple[tuple[type[Update] | tuple[type[Update], ...], str], ...] = (
+    (Hadamard, "the product of two deltas, entry by entry (LoHa), has no low rank"),
+    (Kronecker, "a Kronecker product (LoKr) has no low rank"),
+    (Scale, "it multiplies the outputs or inputs of the weight (IA3)"),
+    ((Orthogonal, Butterfly), "it rotates the weight (OFT, BOFT)"),
+    (Decomposed, "its norms (DoRA) are not those of a linear layer or an embedding"),
+)
 
 
 def export_peft(adapter: Adapter, folder: Path, base_digest: str | None) -> list[str]:
@@ -35,7 +56,8 @@ def export_peft(adapter: Adapter, folder: Path, base_digest: str | None) -> list
     left = sorted(adapter.updates.keys() - {f"{name}.weight" for name in factors} - shifts.keys() - wholes.keys())
     if left:
         raise IncompatibleError(
-            f"{left[0]}: PEFT's LoRA cannot hold a {type(adapter.updates[left[0]]).__name__} update"
+            f"{left[0]}: PEFT's LoRA cannot hold it: {_why_not(adapter.updates[left[0]])}",
+            "export without --format writes its own files",
         )
     is_dora = _is_dora(factors)
     written = {name: _written(each) for name, each in factors.items()}
@@ -55,6 +77,14 @@ def export_peft(adapter: Adapter, folder: Path, base_digest: str | None) -> list
     recorded = {} if origins.base_digest is None else {"base_digest": origins.base_digest}
     write_safetensors(folder / WEIGHTS, views, {"format": "pt", **recorded})
     return [] if adapter.base_name else ["base_model_name_or_path is empty: the adapter does not name its base"]
+
+
+def _why_not(update: Update) -> str:
+    """Return what the update is instead of a product of two factors, a whole tensor, or a moved bias."""
+    if isinstance(update, Opaque):
+        return update.reason
+    known = next((why for kind, why in _NOT_HELD if isinstance(update, kind)), None)
+    return known or f"{type(update).__name__} is no product of two factors"
 
 
 def _is_dora(factors: Mapping[str, LowRank]) -> bool:

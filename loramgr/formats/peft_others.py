@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loramgr.adapter import Adapter, Opaque, Replacement, Update
+from loramgr.adapter import Adapter, Naming, Opaque, Replacement, Update
 from loramgr.formats.configuration import Fields, is_number, is_rank
 from loramgr.formats.peft_config import parse_settings
 from loramgr.formats.peft_keys import parse_keys
@@ -16,6 +16,7 @@ from loramgr.formats.peft_methods import method_name, obstacle_of
 from loramgr.formats.peft_tables import refuse_unexplained, tables_of
 from loramgr.formats.peft_tuners import split_tensors, updates_of
 from loramgr.formats.peft_variants import obstacle_of_variant
+from loramgr.formats.peft_vera import read_vera
 from loramgr.tensorfile import TensorView
 
 __all__ = ["read_kept", "read_tuner"]
@@ -32,7 +33,12 @@ def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> A
     unexplained += [key.name for key in keys if key.role not in ("base", "saved")]
     tables = tables_of(keys, rest, modules, settings, unexplained)
     refuse_unexplained(unexplained)
-    updates: dict[str, Update] = updates_of(method, settings, modules, shared)
+    updates: dict[str, Update]
+    naming: Naming | None = None
+    if method == "VERA":
+        updates, naming = read_vera(fields, modules, shared)
+    else:
+        updates = updates_of(method, settings, modules)
     for target in updates.keys() & tables.keys():
         if not (target.endswith(".bias") or isinstance(updates[target], Replacement)):
             refuse_unexplained([tables[target].spec.name])
@@ -46,6 +52,7 @@ def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> A
         alpha=None if lora is None else lora.alpha,
         scaling=None if lora is None else lora.scaling(lora.alpha, lora.rank),
         base_digest=settings.base_digest,
+        naming=naming,
         warnings=() if modules else ("The file holds no tensors of the method.",),
     )
 

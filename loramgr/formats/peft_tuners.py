@@ -86,17 +86,16 @@ def split_tensors(
     return modules, shared, rest
 
 
-def updates_of(
-    method: str, settings: PeftSettings, modules: Mapping[str, TunerModule], shared: Mapping[str, TensorView]
-) -> dict[str, Update]:
-    """Turn every module's tensors into updates by parameter; raises IncompatibleError, naming the module."""
-    if method == "VERA":
-        _check_projections(settings.fields, shared)
+def updates_of(method: str, settings: PeftSettings, modules: Mapping[str, TunerModule]) -> dict[str, Update]:
+    """Turn every module's tensors into updates by parameter; raises IncompatibleError, naming the module.
+
+    Not those of VeRA, which need more than their own.
+    """
     updates: dict[str, Update] = {}
     for name, module in modules.items():
         if 0 in {size for view in module.tensors.values() for size in view.spec.shape} and method == "ADALORA":
             continue  # all of its ranks were taken away: it changes nothing
-        made = _MAKERS[method](module, settings, shared)
+        made = _MAKERS[method](module, settings)
         updates |= {f"{name}.{parameter}": update for parameter, update in made.items()}
     return updates
 
@@ -104,7 +103,7 @@ def updates_of(
 Made = dict[str, Update]
 
 
-def _ia3(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _ia3(module: TunerModule, settings: PeftSettings) -> Made:
     vector = module.take("ia3_l", range(1, 6))
     flag = settings.fields.flag("fan_in_fan_out")
     names = settings.fields.names("feedforward_modules")
@@ -127,7 +126,7 @@ def _is_named(module: str, names: tuple[str, ...], fields: Fields) -> bool:
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
-def _loha(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _loha(module: TunerModule, settings: PeftSettings) -> Made:
     cores = [role for role in ("hada_t1", "hada_t2") if role in module.tensors]
     if len(cores) == 1:
         raise module.refused(f"the file holds {cores[0]} without the other one")
@@ -138,7 +137,7 @@ def _loha(module: TunerModule, settings: PeftSettings, shared: Mapping[str, Tens
     return {"weight": Hadamard(views[0], views[1], views[2], views[3], rank, alpha, scaling, t1, t2)}
 
 
-def _lokr(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _lokr(module: TunerModule, settings: PeftSettings) -> Made:
     layer = _layer_settings(settings)
     w1 = _factor(module, "lokr_w1", (2,))
     w2 = _factor(module, "lokr_w2", (2, 3, 4))
@@ -163,39 +162,7 @@ def _factor(module: TunerModule, role: str, dimensions: tuple[int, ...]) -> tupl
     return (module.take(role, dimensions),)
 
 
-def _check_projections(fields: Fields, shared: Mapping[str, TensorView]) -> None:
-    missing = [role for role in ("vera_A", "vera_B") if role not in shared]
-    if missing:
-        raise IncompatibleError(
-            f"{fields.path}: VeRA without its projections ({missing[0]}): their size depends on every layer of the "
-            "model that was trained, and the file does not say it",
-            "save the adapter with save_projection=True",
-        )
-    a, b = shared["vera_A"].spec.shape, shared["vera_B"].spec.shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
-        raise IncompatibleError(f"{fields.path}: vera_A is {a} and vera_B is {b}: they do not multiply")
-    if a[0] != fields.rank("r"):
-        raise IncompatibleError(f"{fields.path}: vera_A has rank {a[0]}, the configuration says {fields.rank('r')}")
-
-
-def _vera(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
-    b, d = module.take("vera_lambda_b", (1,)), module.take("vera_lambda_d", (1,))
-    first, second = shared["vera_A"], shared["vera_B"]
-    outputs, rank = b.spec.elements, first.spec.shape[0]
-    if outputs > second.spec.shape[0] or d.spec.elements != rank:
-        raise module.refused(f"vera_lambda_b is {b.spec.shape} and vera_lambda_d {d.spec.shape}: not of vera_A, vera_B")
-    lora_A = ComputedTensor(
-        TensorSpec(d.spec.name, "F64", first.spec.shape), lambda: d.load().double()[:, None] * first.load().double()
-    )
-    lora_B = ComputedTensor(
-        TensorSpec(b.spec.name, "F64", (outputs, rank)),
-        lambda: b.load().double()[:, None] * second.load()[:outputs].double(),
-    )
-    flag = settings.fields.flag("fan_in_fan_out")
-    return {"weight": LowRank("linear", lora_A, lora_B, rank, float(rank), 1.0, flag, shared=True)}
-
-
-def _adalora(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _adalora(module: TunerModule, settings: PeftSettings) -> Made:
     a, b, e = (module.take(role, (2,)) for role in ("lora_A", "lora_B", "lora_E"))
     rank = a.spec.shape[0]
     if b.spec.shape[1] != rank or e.spec.shape != (rank, 1):
@@ -221,7 +188,7 @@ def _kept_ranks(module: TunerModule, fields: Fields, initial: int) -> int:
     return initial
 
 
-def _oft(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _oft(module: TunerModule, settings: PeftSettings) -> Made:
     fields = settings.fields
     if len(module.tensors) != 1:
         raise module.refused("tensors of a layer and of an embedding")
@@ -246,7 +213,7 @@ def _negated(view: TensorView) -> ComputedTensor:
     return ComputedTensor(view.spec, lambda: -view.load())
 
 
-def _boft(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _boft(module: TunerModule, settings: PeftSettings) -> Made:
     blocks, scale = module.take("boft_R", (4,)), module.take("boft_s", (2,))
     factors, count, size, other = blocks.spec.shape
     fits = size == other and 1 in scale.spec.shape
@@ -257,7 +224,7 @@ def _boft(module: TunerModule, settings: PeftSettings, shared: Mapping[str, Tens
     return {"weight": Butterfly(blocks, scale, settings.fields.flag("fan_in_fan_out"))}
 
 
-def _ln_tuning(module: TunerModule, settings: PeftSettings, shared: Mapping[str, TensorView]) -> Made:
+def _ln_tuning(module: TunerModule, settings: PeftSettings) -> Made:
     return {role.rpartition(".")[2]: Replacement(view) for role, view in module.tensors.items()}
 
 
@@ -275,11 +242,10 @@ def _alpha_and_scaling(module: TunerModule, layer: LoraSettings, rank: int) -> t
     return alpha, layer.scaling(alpha, rank)
 
 
-_MAKERS: dict[str, Callable[[TunerModule, PeftSettings, Mapping[str, TensorView]], Made]] = {
+_MAKERS: dict[str, Callable[[TunerModule, PeftSettings], Made]] = {
     "IA3": _ia3,
     "LOHA": _loha,
     "LOKR": _lokr,
-    "VERA": _vera,
     "ADALORA": _adalora,
     "OFT": _oft,
     "BOFT": _boft,

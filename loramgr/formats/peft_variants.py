@@ -12,7 +12,15 @@ from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields
 from loramgr.formats.peft_methods import TUNERS
 
-__all__ = ["LORA", "TRAINABLE_TOKENS", "kept_whole", "obstacle_of_variant", "peft_type", "refuse_variants"]
+__all__ = [
+    "LORA",
+    "TRAINABLE_TOKENS",
+    "base_changing",
+    "kept_whole",
+    "obstacle_of_variant",
+    "peft_type",
+    "refuse_variants",
+]
 
 LORA = "LORA"
 TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
@@ -46,6 +54,11 @@ _REFUSED_KEYS = {
 }
 
 _BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_SUBTRACT = (
+    "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training; or have PEFT convert it: "
+    "model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)"
+)
+_NEXT = {"loftq": "merge it with PEFT: what quantizing changed in the base is in no adapter, the initial one neither"}
 _PLAIN_INITS = frozenset({"eva", "orthogonal"})
 _PLAIN_INITS_ANY_CASE = frozenset({"gaussian", "mica"})  # PEFT compares these two in lower case, the others as they are
 
@@ -94,6 +107,19 @@ def refuse_variants(fields: Fields, method: str) -> None:
     _refuse_init(fields)
 
 
+def base_changing(fields: Fields) -> str | None:
+    """Return the initialisation that changed the base and that an initial adapter takes back, None for every other.
+
+    Raises IncompatibleError for LoftQ, which quantized the base as well.
+    """
+    init = fields.content.get("init_lora_weights")
+    said = init.lower() if isinstance(init, str) else ""
+    found = next((prefix for prefix in _BASE_CHANGING if said.startswith(prefix)), None)
+    if found in _NEXT:
+        _refuse_init(fields)
+    return found
+
+
 def _is_unset(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
@@ -109,7 +135,7 @@ def _refuse_init(fields: Fields) -> None:
             raise IncompatibleError(
                 f"{fields.path}: init_lora_weights {init!r}: {name} changes the base at the start of training, so the "
                 "trained model is not the base plus scaling * lora_B lora_A",
-                "convert it: model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)",
+                _NEXT.get(prefix, _SUBTRACT),
             )
     if init not in _PLAIN_INITS and init.lower() not in _PLAIN_INITS_ANY_CASE:
         raise IncompatibleError(

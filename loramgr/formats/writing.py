@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loramgr.adapter import Adapter
+from loramgr.adapter import Adapter, LowRank
 from loramgr.errors import IncompatibleError, UsageError
 from loramgr.formats.diffusers_writer import write_diffusers
 from loramgr.formats.gguf_writer import write_gguf
@@ -56,6 +56,12 @@ def write_adapter(adapter: Adapter, format: str, to: Written) -> list[str]:
     if adapter.naming is not None and adapter.naming.is_needed:
         raise IncompatibleError(
             f"its modules have {adapter.naming.described}, which only its base turns into those of {format}",
+            "give the base with --base",
+        )
+    uncut = [name for name, each in adapter.updates.items() if isinstance(each, LowRank) and each.shared]
+    if uncut:
+        raise IncompatibleError(
+            f"{uncut[0]}: how much of the shared projections the layer takes only the base says",
             "give the base with --base",
         )
     return WRITERS[format](adapter, to)

@@ -39,6 +39,7 @@ from loramgr.workspace.adapters import (
 )
 from loramgr.workspace.finetunes import is_whole_model, written_difference
 from loramgr.workspace.home import Home, NewFiles, file_state
+from loramgr.workspace.initials import written_plain
 from loramgr.workspace.matching import Match, Matcher
 from loramgr.workspace.options import AddOptions
 from loramgr.workspace.sources import absolute, slug
@@ -84,6 +85,8 @@ def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
     ConflictError when a tag belongs to another version.
     """
     _check_options(options)
+    if options.initial is not None:
+        return _add_trained_from(home, path, options, options.initial)
     if options.base is not None and is_whole_model(path):
         return _add_fine_tune(home, path, options, options.base)
     addition = _add(home, [_Source(path, options.name if options.name is not None else natural_name(path))], options)
@@ -100,6 +103,13 @@ def _add_fine_tune(home: Home, path: Path, options: AddOptions, base: str) -> Ad
     return replace(added, warnings=[*notes, *added.warnings])
 
 
+def _add_trained_from(home: Home, path: Path, options: AddOptions, initial: Path) -> AddedVersion:
+    """Import an adapter less the one that its training began with."""
+    name = options.name if options.name is not None else natural_name(path)
+    with written_plain(home, path, initial, options.include) as (folder, recipe):
+        return add_adapter(home, folder, replace(options, name=name, initial=None, recipe=recipe))
+
+
 def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:
     """Import every adapter in a folder and in those beneath it, the checkpoints of a run in their order.
 
@@ -111,6 +121,8 @@ def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:
     _check_options(options)
     if options.parents or options.metrics:
         raise UsageError("--parent and --metric are about one adapter", "loramgr add its folder alone")
+    if options.initial is not None:
+        raise UsageError("--initial is about one adapter", "loramgr add its folder alone")
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: no such folder")
     paths = find_adapters(folder)

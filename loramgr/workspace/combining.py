@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from loramgr.adapter import Adapter, LowRank, Replacement, Rows, Shift, Update
+from loramgr.adapter import Adapter, LowRank, Opaque, Replacement, Rows, Shift, Update
 from loramgr.errors import IncompatibleError
 from loramgr.formats.peft_writer import WrittenFactors, WrittenTensor
 from loramgr.records import ModuleError
@@ -211,6 +211,8 @@ def _plain(
             )
         case LowRank() | Replacement() | None:
             return update
+        case Opaque():
+            raise IncompatibleError(f"{ref} is {update.method}, which is not combined: {update.reason}", hint)
     raise IncompatibleError(
         f"{ref} changes {name} by a {type(update).__name__.lower()} update, which has no two factors to combine", hint
     )

@@ -215,7 +215,7 @@ def _terms_of(item: Contribution, start: torch.Tensor, *, begun: bool) -> list[T
         case Replacement():
             return terms
         case Rows():
-            changed = (start if whole is None else whole.load()).double()
+            changed = (start if whole is None else whole.load()).to(torch.float64, copy=True)
             changed[list(update.indices)] = update.rows.load().double()
             return [ReplacedTerm(_matrix(changed), weight)]
         case Shift():

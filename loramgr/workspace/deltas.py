@@ -21,11 +21,16 @@ def product_of(update: LowRank, device: str = "cpu") -> Product:
     """Return scaling · lora_B lora_A, (out, in) or with the kernel flattened (out, in·k), of an embedding (dim, vocab).
 
     Raises IncompatibleError, naming the tensor, where this is not the whole update (DoRA's magnitude, or a table that
-    takes the parameter's place first), and for factors with NaN or infinite values.
+    takes the parameter's place first, projections shared by layers of several sizes), and for NaN or infinite values.
     """
     from loramgr.algebra.finite import all_finite
     from loramgr.algebra.lowrank import Product
 
+    if update.shared:
+        raise IncompatibleError(
+            f"{update.lora_A.spec.name}: how much of the shared projections the layer takes only the base says",
+            "register the base and tie the adapter to it with loramgr bind",
+        )
     if update.magnitude is not None:
         raise IncompatibleError(f"{update.magnitude.spec.name}: the delta of DoRA depends on the base's weights")
     if update.table is not None:

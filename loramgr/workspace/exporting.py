@@ -25,20 +25,22 @@ from loramgr.workspace.sources import OpenBase, base_of_digest, find_base
 
 __all__ = ["export_adapter"]
 
+_COMPUTED = ("adalora", "vera")  # products of factors that their files do not hold as such
+
 
 def export_adapter(
     home: Home, ref: str, output: Path, format: str | None = None, base: str | None = None
 ) -> ExportReport:
     """Write an adapter into a folder that appears whole: its files as they came, or in another format.
 
-    `format` None or the adapter's own: the original bytes; `base` is the one whose names and layout count, None for
-    the recorded one. Raises ConflictError when something is there, IntegrityError when the store's copy is damaged, and
-    IncompatibleError, naming it, for what the format cannot hold.
+    `format` None or the adapter's own: the original bytes, but `peft` makes plain LoRA of VeRA and AdaLoRA; `base` is
+    the one whose names and layout count, None for the recorded one. Raises ConflictError when something is there,
+    IntegrityError when the store's copy is damaged, and IncompatibleError, naming it, for what the format cannot hold.
     """
     if format is None:
         return _as_it_came(home, ref, output)
     with loading_torch(), open_adapter(home, ref) as (version, adapter, _):
-        if adapter.format == format and base is None:
+        if adapter.format == format and base is None and adapter.method not in _COMPUTED:
             report = _as_it_came(home, ref, output)
             return replace(report, notes=[f"it is {format} already: the files are those that came", *report.notes])
         digest = None if version.base is None else version.base.digest
@@ -47,6 +49,8 @@ def export_adapter(
         config = None if found is None else found.checkpoint.config
         notes: Sequence[str]
         with staged(output) as stage:
+            if adapter.method in _COMPUTED:
+                doubt = [*doubt, f"{adapter.method} written as plain LoRA; its own files: export without --format"]
             notes = write_adapter(resolved, format, Written(stage, None if found is None else found.digest, config))
             files = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
     return ExportReport(str(output), files, [*doubt, *notes])

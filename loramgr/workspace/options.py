@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -28,8 +29,8 @@ class AddOptions:
     `name` None: the folder's, or its parent's for `checkpoint-N`; `base` None: the recorded digest's, else the one the
     configuration names; `include` are globs of further files to keep; `parents` empty: the latest version; `force`
     imports what would be refused for NaN or infinite values or for a base that does not fit; `recipe` is how it was
-    made of others, as JSON, None for a checkpoint that was trained. `alpha` and `enable_lora` are what the files of
-    some formats do not say, as in `ReadHints`.
+    made of others, as JSON, None for a checkpoint that was trained. `alpha`, `enable_lora` and `initial` are what the
+    files do not say, as in `ReadHints`.
     """
 
     name: str | None = None
@@ -44,6 +45,7 @@ class AddOptions:
     recipe: Mapping[str, Any] | None = None
     alpha: float | None = None
     enable_lora: tuple[bool, ...] | None = None
+    initial: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

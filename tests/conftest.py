@@ -35,6 +35,7 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 settings.register_profile("short", deadline=None, max_examples=50)
 settings.register_profile("soak", deadline=None, max_examples=2000)
+collect_ignore = [] if os.environ.get("LORAMGR_SOAK") else ["test_gguf_llamacpp.py"]  # half a gigabyte, minutes
 settings.load_profile("soak" if os.environ.get("LORAMGR_SOAK") else "short")
 
 

@@ -194,6 +194,16 @@ def test_ambiguous_layout(module: str, flag: bool) -> None:
         bound({name: low_rank(4, 4, fan_in_fan_out=flag)}, {name: (4, 4)}, {"model_type": "mystery"})
 
 
+def test_conv1d_layers_do_not_vouch_for_a_square_linear_layer_beside_them() -> None:
+    shapes = {"encoder.0.query.weight": (4, 4), "decoder.h.0.c_attn.weight": (4, 12)}
+    updates: dict[str, Update] = {
+        "encoder.0.query.weight": low_rank(4, 4, fan_in_fan_out=True),
+        "decoder.h.0.c_attn.weight": low_rank(12, 4, fan_in_fan_out=True),
+    }
+    with pytest.raises(IncompatibleError, match=r"query\.weight: ambiguous layout"):
+        bound(updates, shapes, {"model_type": "vision-encoder-decoder"})
+
+
 def test_shapes_have_the_last_word_on_layout() -> None:
     name = "transformer.h.0.attn.c_attn.weight"
     for flag in (True, False):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loramgr import AddOptions, IncompatibleError, IntegrityError, Workspace
-from loramgr.adapter import LowRank
+from loramgr.adapter import LowRank, Shift
 from loramgr.formats import examine, read_adapter
 from loramgr.formats.writing import Written, write_adapter
 
@@ -187,3 +187,14 @@ def test_diffusers_reads_what_is_written(tmp_path: Path, options: dict[str, Any]
     (tmp_path / "back").mkdir()
     write_adapter(back, "peft", Written(tmp_path / "back"))
     assert examine(read_adapter(tmp_path / "back")).weights_digest == examine(adapter).weights_digest
+
+
+def test_metadata_scales_the_bias_of_lora_b_too(tmp_path: Path) -> None:
+    config = {"r": 2, "lora_alpha": 5, "lora_bias": True, "target_modules": ["a"], "peft_type": "LORA"}
+    noted = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    tensors = {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(4, 2), "lora_B.bias": torch.ones(4)}
+    path = tmp_path / "a.safetensors"
+    save_file({f"unet.a.{key}": tensor for key, tensor in tensors.items()}, path, {"lora_adapter_metadata": noted})
+    shift = read_adapter(path).updates["unet.a.bias"]
+    assert isinstance(shift, Shift)
+    assert shift.scaling == 2.5

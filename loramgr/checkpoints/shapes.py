@@ -44,41 +44,51 @@ class Pair:
 class Layouts:
     """What decides the layout of a square matrix: model type, and whether the flags of all others came true.
 
-    `trusted` is None when the adapter has no other matrix.
+    `trusted` is None when the adapter has no other matrix. PEFT saves one flag, that of the last layer it met: where
+    Conv1D layers alone have `explained` it (ViT with GPT-2), it says nothing of a layer that is not named like one.
     """
 
     model_type: str | None
     trusted: bool | None
+    explained: bool = False
 
     @classmethod
     def read(cls, pairs: Iterable[Pair], config: Mapping[str, Any] | None) -> Layouts:
         """Compare `fan_in_fan_out` with the shapes of the matrices that are not square; the pairs fit."""
-        agreements = [
-            layer.fan_in_fan_out == fits[1]
+        agreements = {
+            pair.spec.name: layer.fan_in_fan_out == fits[1]
             for pair in pairs
             if (layer := layered(pair.update)) is not None and len(shape := _shape(pair)) == 2
             for fits in [_fitting(layer, shape)]
             if fits[0] != fits[1]
-        ]
+        }
         model_type = (config or {}).get("model_type")
-        return cls(model_type if isinstance(model_type, str) else None, all(agreements) if agreements else None)
+        return cls(
+            model_type if isinstance(model_type, str) else None,
+            all(agreements.values()) if agreements else None,
+            bool(agreements) and all(_is_named_conv1d(name) for name in agreements),
+        )
 
     def is_transposed(self, update: Layered, spec: TensorSpec) -> bool:
         """Say whether the update's matrix is stored as (in, out); IncompatibleError when nothing tells."""
         straight, turned = _fitting(update, _shape(Pair(update, spec)))
         if straight != turned:
             return turned
-        module = spec.name.removesuffix(".weight").rpartition(".")[2]
-        named_so = module in CONV1D_MODULES
+        named_so = _is_named_conv1d(spec.name)
         if is_known_type(self.model_type):
             return named_so and self.model_type in CONV1D_TYPES
-        if self.trusted or (self.trusted is None and update.fan_in_fan_out == named_so):
+        misled = self.explained and update.fan_in_fan_out and not named_so
+        if (self.trusted and not misled) or (self.trusted is None and update.fan_in_fan_out == named_so):
             return update.fan_in_fan_out
         raise IncompatibleError(
             f"{spec.name}: ambiguous layout: the matrix is square, and nothing says whether it is stored as "
             "(out, in) or (in, out)",
             "give the base a config.json with its model_type",
         )
+
+
+def _is_named_conv1d(parameter: str) -> bool:
+    return parameter.removesuffix(".weight").rpartition(".")[2] in CONV1D_MODULES
 
 
 Layered = LowRank | Scale | Orthogonal | Butterfly  # what acts on inputs and outputs, and so has to know which is which

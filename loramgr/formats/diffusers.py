@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loramgr.adapter import Adapter, Decomposed, LowRank, Update
+from loramgr.adapter import Adapter, Decomposed, LowRank, Shift, Update
 from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields, parse_object
 from loramgr.formats.evidence import Evidence, counted
@@ -88,7 +88,8 @@ def _read(files: AdapterFiles, modules: Mapping[str, Module]) -> Adapter:
     noted = parse_object(f"{files.weights}: {METADATA}", files.metadata[METADATA].encode())
     settings = _settings(files, modules, noted)
     read = adapter_of(Source("diffusers", files, config=noted, target_modules=_targets(settings), ranks=None), modules)
-    updates = {name: _scaled(name, update, settings) for name, update in read.updates.items()}
+    scaled = {name: _scaled(name, update, settings) for name, update in read.updates.items()}
+    updates = {name: _shifted(name, update, scaled) for name, update in scaled.items()}
     general = next(iter(settings.values()))
     assert general.lora is not None
     return replace(
@@ -161,6 +162,15 @@ def _scaled(name: str, update: Update, settings: Mapping[str, PeftSettings]) -> 
     alpha = lora.alphas_of(module)[0]
     scaled = replace(inner, alpha=alpha, scaling=lora.scaling(alpha, inner.rank))
     return replace(update, inner=scaled) if isinstance(update, Decomposed) else scaled
+
+
+def _shifted(name: str, update: Update, scaled: Mapping[str, Update]) -> Update:
+    """Return a bias of lora_B with the scaling of its module's factors, every other update as it is."""
+    if not isinstance(update, Shift) or not update.vector.spec.name.endswith(".lora_B.bias"):
+        return update
+    factors = scaled[f"{name.removesuffix('.bias')}.weight"]
+    inner = factors.inner if isinstance(factors, Decomposed) else factors
+    return replace(update, scaling=inner.scaling) if isinstance(inner, LowRank) else update
 
 
 def _check(name: str, update: Update, inner: LowRank, settings: PeftSettings, ranks: list[int]) -> None:

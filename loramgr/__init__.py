@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         IntegrityError,
         LoramgrError,
         NotFoundError,
+        RacedError,
         UncheckedError,
         UsageError,
     )
@@ -112,6 +113,7 @@ __all__ = [
     "NotFoundError",
     "PullOptions",
     "PushOptions",
+    "RacedError",
     "RebuildReport",
     "RecomposeReport",
     "RemoteRecord",

@@ -180,6 +180,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
     with serve_hub(FakeHub()) as served:
         monkeypatch.setenv("HF_TOKEN", served.token)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # which test modules set that load models
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
         yield served

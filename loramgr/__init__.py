@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         IntegrityError,
         LoramgrError,
         NotFoundError,
+        RacedError,
         UncheckedError,
         UsageError,
     )
@@ -115,6 +116,7 @@ __all__ = [
     "NotFoundError",
     "PullOptions",
     "PushOptions",
+    "RacedError",
     "ReadHints",
     "RebuildReport",
     "RecomposeReport",

@@ -8,6 +8,7 @@ __all__ = [
     "IntegrityError",
     "LoramgrError",
     "NotFoundError",
+    "RacedError",
     "UncheckedError",
     "UsageError",
 ]
@@ -69,3 +70,7 @@ class ConflictError(LoramgrError):
 
     exit_code = 7
     kind = "conflict"
+
+
+class RacedError(ConflictError):
+    """A log has moved on since it was read: who reads it again and rebases may go on."""

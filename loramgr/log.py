@@ -6,8 +6,6 @@ An adapter's, a base's or a remote's log is the chain of its entries; the catalo
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from typing import Any, Literal
 from loramgr.digests import canonical_json, digest_bytes
 from loramgr.errors import IntegrityError
 
-__all__ = ["ENTRY_SCHEMA", "KINDS", "Entry", "LogKind", "replaced_by", "set_aside"]
+__all__ = ["ENTRY_SCHEMA", "KINDS", "Entry", "LogKind"]
 
 ENTRY_SCHEMA = 1
 LogKind = Literal["adapter", "base", "remote"]
@@ -43,8 +41,10 @@ class Entry:
     rename   from
     remove   adapter: numbers [] of the versions that are gone, whole (the adapter itself is); base, remote: nothing
     restore  numbers [] of the removed versions that are back, without their tags, whole (the adapter itself is back)
-    rebase   replaces [digests of entries]: what they say stands anew in the entries that follow this one
+    rebase   replaces [digests of originals]: what they said on another branch says nothing new on this one
     add      base: digest, source, revision, tensors, parameters, bytes, dtype, architecture; remote: url
+
+    A copy that a rebase made has `original` in its content too, the digest of what it is a copy of (see `forks`).
     """
 
     log: LogKind
@@ -94,40 +94,6 @@ class Entry:
                 "upgrade loramgr",
             )
         return entry
-
-
-def set_aside(entries: Iterable[Entry]) -> set[str]:
-    """Return the digests of the entries that no longer count because another one of them replaces them.
-
-    One after which something still counts is not among them: what it stands on stays. Since an entry names others by
-    their digests, none can replace itself, directly or by way of others.
-    """
-    known = {entry.digest: entry for entry in entries}
-    followers: defaultdict[str | None, int] = defaultdict(int)
-    for entry in known.values():
-        followers[entry.predecessor] += 1
-    replaced = replaced_by(known.values()).intersection(known)
-    aside: set[str] = set()
-    ready = [digest for digest in replaced if not followers[digest]]
-    while ready:
-        digest = ready.pop()
-        aside.add(digest)
-        before = known[digest].predecessor
-        followers[before] -= 1
-        if before in replaced and not followers[before]:
-            ready.append(before)
-    return aside
-
-
-def replaced_by(entries: Iterable[Entry]) -> set[str]:
-    """Return the digests of the entries that these replace, known or not."""
-    return {digest for entry in entries for digest in _replaces(entry)}
-
-
-def _replaces(entry: Entry) -> list[str]:
-    """Return what an entry replaces; none where that is no list of texts, which is for whoever proves entries."""
-    replaces = entry.content.get("replaces", ()) if isinstance(entry.content, dict) else ()
-    return [digest for digest in replaces if isinstance(digest, str)] if isinstance(replaces, list) else []
 
 
 def _number(digits: str) -> int | float:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import fault_proxy
 import object_servers as servers
@@ -178,3 +181,30 @@ def test_a_large_file_streams_in_bounded_memory(monkeypatch: pytest.MonkeyPatch,
     digest, kilobytes = done.stdout.split()
     assert digest == expected
     assert int(kilobytes) < 128 << 10
+
+
+def test_two_large_files_go_at_once_at_most(
+    object_servers: servers.ObjectServers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = object_servers.get("moto")
+    server.enter(monkeypatch)
+    store = open_keystore(server.url(tmp_path.name))
+    patient, lock, running, most = store._clients.patient, threading.Lock(), [0], [0]
+
+    def put(*arguments: object, **options: object) -> object:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        try:
+            return patient.put(*arguments, **options)
+        finally:
+            with lock:
+                running[0] -= 1
+
+    monkeypatch.setattr(
+        store, "_clients", SimpleNamespace(single=store._clients.single, patient=SimpleNamespace(put=put))
+    )
+    (tmp_path / "large").write_bytes(LARGE)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda number: store.put_if_absent(f"large{number}", tmp_path / "large"), range(6)))
+    assert most == [2]

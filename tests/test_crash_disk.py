@@ -46,7 +46,7 @@ NEEDS_ROOM = [
 ]
 BESIDE = [name for name in crash_world.COMMANDS if name.split()[0] in ("merge", "switch", "unmerge", "export")]
 TO_CATALOG = [name for name in crash_world.COMMANDS if name not in BESIDE]
-CHANGES_NOTHING_HERE = ("first use", "home import", "home export", "verify repair", "db upgrade")
+CHANGES_NOTHING_HERE = ("first use", "home import", "home export", "verify repair", "db upgrade", "push")
 PAGE = 4096
 SAMPLE = 2
 LIMITS = [0, 1, 7, 100, 200, 300, 479, 500, 1000, PAGE, 3 * PAGE, 100_000, 118_783, 118_784, 130_000]
@@ -166,7 +166,7 @@ def test_a_read_only_home(stages: list[Stage]) -> None:
         for name in TO_CATALOG:
             shutil.rmtree(stage.world / "new", ignore_errors=True)
             code, out, errors = run(stage, stage.argv(name))
-            if name in CHANGES_NOTHING_HERE:
+            if name in CHANGES_NOTHING_HERE or crash_world.home_of(name) != "home":
                 assert code == 0, (name, errors)
             else:
                 assert failed_in_words(code, out, errors), (name, code, out, errors)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError, UncheckedError
+from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError, NotFoundError, UncheckedError
 from loramgr.remotes.opening_store import open_keystore
 from loramgr.remotes.protocol import KeyStore
 
@@ -60,12 +60,28 @@ def test_links_in_the_folder_are_not_followed(store: KeyStore, folder: Path, tmp
             lambda key=key: list(store.get(key)),
             lambda key=key: store.put_if_absent(key, b"x"),
             lambda key=key: store.put_if_match(key, b"x", None),
-            lambda key=key: store.delete(key),
+            *([lambda key=key: store.delete(key)] if "/" in key else []),
         )
         for call in calls:
             with pytest.raises(IntegrityError, match="link"):
                 call()
+    store.delete("dangling")  # a link itself may go, what it leads to stays
+    store.delete("file")
+    assert not (folder / "file").is_symlink()
     assert [path.name for path in outside.iterdir()] == ["secret"]
+
+
+def test_what_is_no_file_can_be_deleted_unless_it_holds_something(store: KeyStore, folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "x").write_bytes(b"x")
+    os.mkfifo(folder / "pipe")
+    store.delete("empty")
+    store.delete("pipe")
+    with pytest.raises(IntegrityError, match="is a folder") as caught:
+        store.delete("full")
+    assert caught.value.hint == f"rm -r {folder / 'full'}"
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) == ["full"]
 
 
 def test_the_folder_for_temporary_files_may_not_be_a_link(store: KeyStore, folder: Path, tmp_path: Path) -> None:
@@ -177,8 +193,9 @@ def test_what_the_file_system_refuses_names_the_remote(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UncheckedError, match=rf"file:{folder}: No space left"):
+    with pytest.raises(LoramgrError, match=rf"file:{folder}: No space left") as caught:
         store.put_if_absent("a", b"x")
+    assert (caught.value.exit_code, str(caught.value.hint).split()[0]) == (1, "free")
     monkeypatch.undo()
     assert store.head("a") is None
     assert list((folder / ".temporary").iterdir()) == []

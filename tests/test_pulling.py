@@ -247,7 +247,7 @@ def test_damage_at_the_remote_gets_no_name_here(ours: Workspace, fresh: Workspac
         weights.write_bytes(bad)
         with pytest.raises(IntegrityError, match=said) as caught:
             fresh.pull(["sql@v1"])
-        assert caught.value.hint == "loramgr remote verify"
+        assert caught.value.hint == f"loramgr remote verify file:{remote}"
         assert (fresh.list(), blobs(fresh)) == ([], 0)
         found = fresh.remote_verify()
         assert len(found.corrupt) == 1

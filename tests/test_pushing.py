@@ -121,7 +121,7 @@ def test_a_rebase_keeps_both_sides_and_all_homes_agree(ours: Workspace, theirs: 
     done = ours.push(["sql"], REBASE)
     assert done == told
     assert done.notes == ["sql@v3 is v4 now: its number was given away at origin"]
-    assert (done.versions, done.transferred, done.entries) == (["sql@v4"], 1, 3)
+    assert (done.versions, done.transferred, done.entries) == (["sql@v4"], 1, 2)
     newest, middle, *_ = ours.log("sql")
     assert (newest.digest, newest.tags, newest.metrics, newest.labels) == (
         added.digest,
@@ -173,7 +173,7 @@ def test_a_renamed_adapter_is_renamed_there(ours: Workspace, theirs: Workspace) 
     sound(theirs)
 
 
-def test_a_removed_version_goes_as_its_tombstone_and_a_removed_adapter_is_refused(
+def test_a_removed_version_goes_or_adapter_goes_as_its_tombstone(
     ours: Workspace, theirs: Workspace, remote: Path, tmp_path: Path
 ) -> None:
     ours.add(small(tmp_path / "x", 2))
@@ -184,10 +184,26 @@ def test_a_removed_version_goes_as_its_tombstone_and_a_removed_adapter_is_refuse
     theirs.pull(["x"])
     assert versions(theirs) == versions(ours)
     ours.remove("x", force=True)
+    assert ours.push(["x"], PushOptions(dry_run=True)).entries == 1
+    assert ours.push(["x"]).entries == 1
+    theirs.pull(["x"])
+    assert "x" not in {version.name for version in versions(theirs)}
+    ours.restore("x")
+    ours.push(["x"])
+    ours.remove("x", force=True)
+    assert ours.push([]).entries > 0
+    theirs.pull([])
+    assert versions(theirs) == versions(ours)
+    assert ours.remote_verify().missing == []
+
+
+def test_a_removed_adapter_that_the_remote_does_not_have_does_not_go(ours: Workspace, tmp_path: Path) -> None:
+    ours.add(small(tmp_path / "x", 2))
+    ours.remove("x", force=True)
     with pytest.raises(NotFoundError, match="there is no adapter 'x'"):
         ours.push(["x"])
-    ours.restore("x")
-    assert ours.push(["x"]).versions == []
+    ours.push([])
+    assert "x" not in [row.name for row in ours.remote_status() if row.state != "here"]
 
 
 def test_a_restored_version_brings_its_files(ours: Workspace, tmp_path: Path) -> None:

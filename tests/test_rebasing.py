@@ -12,8 +12,9 @@ from logbook import Logbook, summary
 
 from loramgr.catalog.chains import follow
 from loramgr.digests import digest_bytes
-from loramgr.errors import ConflictError, IntegrityError
-from loramgr.log import Entry, set_aside
+from loramgr.errors import ConflictError
+from loramgr.forks import set_aside
+from loramgr.log import Entry
 from loramgr.workspace.branches import Branch
 from loramgr.workspace.rebasing import rebased
 
@@ -69,7 +70,7 @@ def started(common: Steps) -> list[Entry]:
 def test_a_rebase_keeps_every_version_of_both_sides(common: Steps, theirs: Steps, ours: Steps) -> None:
     base = started(common)
     there, here = extended(base, "t", theirs), extended(base, "o", ours)
-    done = Branch(rebased(there, here[len(base) :], "origin").entries)
+    done = Branch(rebased(there, [here], "origin").entries)
     assert done.entries[: len(there)] == there
     own, other = Branch(here), Branch(there)
     published = {entry.content["version"] for entry in here[len(base) :] if entry.kind == "publish"}
@@ -86,7 +87,7 @@ def test_a_rebuild_takes_the_rebased_log_whatever_is_left_of_the_old_one(
 ) -> None:
     base = started(common)
     there, here = extended(base, "t", theirs), extended(base, "o", ours)
-    after = rebased(there, here[len(base) :], "origin").entries
+    after = rebased(there, [here], "origin").entries
     kept = data.draw(st.integers(len(base), len(here)))  # gc takes the entries that do not count from the end
     every = data.draw(st.permutations([*after, *here[len(base) : kept]]))
     chains = follow(every)
@@ -100,9 +101,9 @@ def test_a_second_rebase_replaces_what_the_first_one_replaced(
 ) -> None:
     base = started(common)
     there, here = extended(base, "t", theirs), extended(base, "o", ours)
-    first = rebased(there, here[len(base) :], "origin").entries
+    first = rebased(there, [here], "origin").entries
     further = extended(there, "u", more)
-    second = rebased(further, first[len(there) :], "origin").entries
+    second = rebased(further, [first], "origin").entries
     chains = follow([*second, *here, *first])
     assert [entry.digest for entry in chains.logs[0]] == [entry.digest for entry in second]
     assert (len(chains.logs), chains.forks) == (1, [])
@@ -111,7 +112,7 @@ def test_a_second_rebase_replaces_what_the_first_one_replaced(
 def test_entries_that_were_replaced_and_went_on_are_a_fork() -> None:
     base = started([])
     there, here = extended(base, "t", [("publish", 4)]), extended(base, "o", [("publish", 4)])
-    after = rebased(there, here[1:], "origin").entries
+    after = rebased(there, [here], "origin").entries
     longer = extended(here, "o", [("tag", 1)])
     assert set_aside([*after, *here]) == {here[1].digest}
     assert set_aside([*after, *longer]) == set()
@@ -122,7 +123,7 @@ def test_a_taken_number_is_the_next_one_and_parents_follow() -> None:
     base = started([])
     there = extended(base, "t", [("publish", 4)])
     here = extended(base, "o", [("publish", 4), ("publish", 5), ("tag", 2)])
-    done = rebased(there, here[1:], "origin")
+    done = rebased(there, [here], "origin")
     assert done.notes == [
         "x@v2 is v3 now: its number was given away at origin",
         "x@v3 is v4 now: its number was given away at origin",
@@ -140,9 +141,9 @@ def test_a_version_that_is_there_is_not_published_twice() -> None:
     same = next(entry for entry in reversed(there) if entry.kind == "publish").content
     here = extended(base, "o", [("publish", 4)])
     here = [*here[:1], replace(here[1], content={**here[1].content, "version": same["version"]}).settled()]
-    done = rebased(there, here[1:], "origin")
+    done = rebased(there, [here], "origin")
     assert done.notes == ["x@v2 is v3 at origin: the same files"]
-    assert [entry.kind for entry in done.entries[len(there) :]] == ["rebase", "tag", "label"]
+    assert [entry.kind for entry in done.entries[len(there) :]] == ["tag", "label", "rebase"]
 
 
 def test_a_log_is_swapped_for_another_in_one_transaction(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_log_is_swapped_for_another_in_one_transaction(tmp_path: Path) -> None
     first = book.publish("x", tags=["prod"])
     own = book.publish("x", labels={"by": "us"})
     theirs = replace(own, author="them", content={**own.content, "version": digest_bytes(b"theirs")})
-    after = rebased([first, theirs.settled()], [own.settled()], "origin").entries
+    after = rebased([first, theirs.settled()], [[first, own.settled()]], "origin").entries
     with book.catalog.writing() as writer:
         new = writer.swap([first.digest], [after])
         assert [entry.digest for entry in new[0]] == [entry.digest for entry in after[1:]]
@@ -162,13 +163,15 @@ def test_a_log_is_swapped_for_another_in_one_transaction(tmp_path: Path) -> None
         assert reader.compare([*book.entries()]) == []
 
 
-def test_an_entry_that_replaces_one_that_counts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["rebase", "tag"])
+def test_a_log_that_says_what_another_one_here_says_is_refused(tmp_path: Path, kind: str) -> None:
     book = Logbook(tmp_path)
     own = book.publish("mine")
     other = Logbook(tmp_path / "other")
     other.publish("theirs")
-    other.add("rebase", "theirs", replaces=[own.digest])
-    with pytest.raises(IntegrityError, match="replaces entries that count here"), book.catalog.writing() as writer:
+    said = {"replaces": [own.digest]} if kind == "rebase" else {"tag": "t", "number": 1, "original": own.digest}
+    other.add(kind, "theirs", **said)
+    with pytest.raises(ConflictError, match="says anew what 'mine' says here"), book.catalog.writing() as writer:
         writer.join([_ordered(other)])
 
 

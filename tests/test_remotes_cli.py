@@ -10,6 +10,8 @@ import pytest
 from peft_files import write_adapter
 
 from loramgr.cli.main import run
+from loramgr.cores import usable_cores
+from loramgr.remotes.opening import open_remote
 
 TRANSFER = ["remote", "transferred", "skipped", "bytes", "versions", "entries", "notes"]
 
@@ -80,10 +82,13 @@ def test_remotes_are_registered_listed_and_forgotten(ours: Shell, remote: Path) 
     assert ours("remote", "add", "Origin", "file:/elsewhere").code == 2
     assert ours("remote", "add", "odd", "gopher://x").code == 2
     assert ours("remote", "remove", "absent").code == 4
+    assert "also called origin" in ours("remote", "add", "second", f"file:{remote}").err
+    assert ours("remote", "remove", "second").code == 0
     assert ours.json("remote", "remove", "origin", "--dry-run") == {"removed": ["origin"]}
     assert ours.json("remote", "remove", "origin") == {"removed": ["origin"]}
     assert ours.json("remote", "list") == []
-    assert [entry["kind"] for entry in ours.json("history") if entry["log"] == "remote"] == ["remove", "add"]
+    kinds = [entry["kind"] for entry in ours.json("history") if entry["log"] == "remote"]
+    assert kinds == ["remove", "remove", "add", "add"]
 
 
 def test_a_secret_in_a_url_is_refused_and_never_repeated(ours: Shell) -> None:
@@ -179,6 +184,133 @@ def test_a_remote_is_verified(ours: Shell, theirs: Shell, remote: Path) -> None:
     blob.unlink()
     said = ours("remote", "verify", "--quick", "--json")
     assert (said.code, len(said.json["missing"])) == (5, 1)
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_damaged_log_is_named_and_mended_by_a_push(ours: Shell, theirs: Shell, remote: Path, short: bool) -> None:
+    entries = sorted((remote / "logs" / "x").iterdir())
+    whole = [path.read_bytes() for path in entries]
+    overwrite(entries[0], whole[0][:20] if short else whole[0][:-1] + b" ")
+    assert ours("push", "x", "--dry-run").code == 0
+    for shell in (ours, theirs):
+        said = shell("remote", "verify", remote, "--json")
+        assert said.code == 5
+        assert f"sha256:{entries[0].name}" in said.json["corrupt"][0]
+        assert said.json["notes"] == [f"x: where a home has it: loramgr push --repair x --to file:{remote}"]
+    told = theirs("pull", "x", "--from", remote, "--json")
+    assert (told.code, told.error["hint"]) == (5, f"where a home has it: loramgr push --repair x --to file:{remote}")
+    assert ours.json("push", "x")["notes"] == ["1 damaged log entries of x were put right there"]
+    assert [path.read_bytes() for path in entries] == whole
+    assert ours.json("push", "x")["notes"] == []
+    assert theirs("pull", "x", "--from", remote).code == 0
+    entries[1].unlink()
+    ours.json("tag", "x@v1", "later")
+    assert ours.json("push", "x")["notes"] == ["1 damaged log entries of x were put right there"]
+    assert ours("remote", "verify").code == 0
+
+
+def test_a_clone_of_another_place_is_given_a_name(ours: Shell, theirs: Shell, remote: Path, tmp_path: Path) -> None:
+    assert theirs("clone", remote).code == 0
+    (tmp_path / "other").mkdir()
+    said = theirs("clone", tmp_path / "other", "--json")
+    assert (said.code, said.error["hint"]) == (7, f"loramgr clone file:{tmp_path / 'other'} --name NAME")
+    assert theirs("clone", tmp_path / "other", "--name", "second").code == 0
+
+
+def test_a_repair_takes_from_remotes_what_is_lost_here(
+    ours: Shell, theirs: Shell, remote: Path, tmp_path: Path
+) -> None:
+    assert theirs("clone", remote).code == 0
+    assert theirs("remote", "add", "away", tmp_path / "unmounted").code == 0
+    store = theirs.home / "store"
+    lost = {
+        kind: sorted(path for path in (store / kind).rglob("*") if path.is_file())[0] for kind in ("blobs", "manifests")
+    }
+    lost["entries"] = next(
+        path for path in (store / "entries").rglob("*") if path.is_file() and b"publish" in path.read_bytes()
+    )
+    whole = {kind: path.read_bytes() for kind, path in lost.items()}
+    lost["blobs"].unlink()
+    overwrite(lost["entries"], b"{}")
+    overwrite(lost["manifests"], whole["manifests"][:-1])
+    assert theirs("verify").code == 5
+    said = theirs("verify", "--repair", "--json")
+    assert said.code == 0, said
+    kinds = {line.split()[0]: line for line in said.json["repaired"]}
+    assert kinds["blob"].endswith("had again from origin")
+    assert {kind: path.read_bytes() for kind, path in lost.items()} == whole
+    assert [path for path in (theirs.home / "cache" / "partial").rglob("*") if path.is_file()] == []
+    assert theirs.json("verify", "--repair")["repaired"] == []
+
+
+def test_a_repair_believes_no_remote(ours: Shell, theirs: Shell, remote: Path) -> None:
+    assert theirs("clone", remote).code == 0
+    blob = next(path for path in (theirs.home / "store" / "blobs").rglob("*") if path.is_file())
+    there = remote / "blobs" / blob.parent.name / blob.name
+    overwrite(there, blob.read_bytes()[:-1] + b"!")
+    blob.unlink()
+    said = theirs("verify", "--repair", "--json")
+    assert (said.code, said.json["repaired"], len(said.json["missing"])) == (5, [], 1)
+    assert any(line.startswith("origin was asked in vain for sha256:") for line in said.json["notes"])
+    there.unlink()
+    remote.rename(remote.with_name("unmounted"))
+    said = theirs("verify", "--repair", "--json")
+    assert said.code == 5
+    assert any(line.startswith("origin was asked in vain for sha256:") for line in said.json["notes"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "rclone", "hub"])
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pull_by_a_former_name_says_the_new_one(
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    url = f"file:{tmp_path / 'there'}"
+    (tmp_path / "there").mkdir()
+    if kind == "rclone":
+        server = request.getfixturevalue("object_servers").get("rclone")
+        server.enter(monkeypatch)
+        url = server.url(tmp_path.name)
+    elif kind == "hub":
+        request.getfixturevalue("hub")
+        url = "hf:org"
+    ours, theirs = Shell(tmp_path / "ours", capsys), Shell(tmp_path / "theirs", capsys)
+    for shell in (ours, theirs):
+        assert shell("remote", "add", "origin", url).code == 0
+    ours.json("add", write_adapter(tmp_path / "x"))
+    ours.json("push", "x")
+    theirs.json("pull", "x")
+    ours.json("rename", "x", "y")
+    ours.json("add", write_adapter(tmp_path / "y", lora_alpha=9))
+    ours.json("push", "y")
+    told = theirs.json("pull", "x")
+    assert told["notes"] == ["x is called y at origin"]
+    assert told["versions"] == ["y@v2"]
+    assert [(row["name"], row["version"]) for row in theirs.json("list")] == [("y", 2)]
+    assert theirs("pull", "x").code == 4
+    fresh = Shell(tmp_path / "fresh", capsys)
+    said = fresh("pull", "x", "--from", url)
+    assert (said.code, "no adapter 'x'" in said.err) == (4, True)
+    assert fresh("pull", "y", "--from", url).code == 0
+
+
+def test_transfers_are_eight_at_once_unless_told(ours: Shell, remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(
+        "loramgr.remotes.opening.open_remote", lambda url, jobs: opened.append(jobs) or open_remote(url, jobs)
+    )
+    for command in (("push", "x"), ("push", "x", "--jobs", "3"), ("remote", "verify"), ("pull", "x", "--jobs", "1")):
+        assert ours(*command).code == 0
+    cores = max(8, usable_cores())
+    assert opened == [cores, 3, cores, 1]
 
 
 def test_what_is_deleted_at_a_remote_asks_first(ours: Shell, theirs: Shell, remote: Path) -> None:

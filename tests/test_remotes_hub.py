@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -22,6 +27,7 @@ from peft_files import write_adapter
 
 from loramgr.digests import digest_bytes
 from loramgr.errors import ConflictError, IntegrityError, LoramgrError, NotFoundError, UncheckedError, UsageError
+from loramgr.records import FileRecord
 from loramgr.remotes.hub_client import HubClient
 from loramgr.remotes.opening import open_remote
 from loramgr.remotes.protocol import Remote
@@ -197,7 +203,7 @@ def test_two_at_once_lose_nothing(hub: FakeHub, tmp_path: Path) -> None:
         there = opened(hub).log("sql", nothing)
         assert there is not None
         lasts = [log_of(home, "sql")[-1].digest for home in homes]
-        assert sorted(map(type, outcomes), key=str) == [type(None), ConflictError]
+        assert sorted(isinstance(outcome, ConflictError) for outcome in outcomes) == [False, True]
         assert there.heads == (lasts[outcomes.index(None)],)
 
 
@@ -221,6 +227,29 @@ def test_one_repository_holds_one_adapter(hub: FakeHub, workspace: Workspace, tm
     assert opened(hub, "org/one").log("chat", nothing) is None
     with pytest.raises(ConflictError, match="holds the adapter 'sql', and each repository holds one"):
         push(workspace, opened(hub, "org/one"), "chat")
+
+
+def test_a_dry_run_refuses_what_the_push_refuses(hub: FakeHub, workspace: Workspace, tmp_path: Path) -> None:
+    workspace.add(write_adapter(tmp_path / "other", lora_alpha=9))
+    with pytest.raises(ConflictError, match=r"org/one holds the adapter '(sql|other)', and each repository holds one"):
+        workspace.push(["sql", "other"], PushOptions("hf:org/one"))
+    held = [row.name for row in workspace.remote_adapters("hf:org/one")]
+    (second,) = {"sql", "other"}.difference(held)
+    for rebase in (False, True):
+        with pytest.raises(ConflictError, match=f"org/one holds the adapter '{held[0]}'"):
+            workspace.push([second], PushOptions("hf:org/one", dry_run=True, rebase=rebase))
+
+
+def test_a_manifest_that_a_commit_took_away_is_told(hub: FakeHub, workspace: Workspace) -> None:
+    workspace.push(["sql"], PushOptions("hf:org"))
+    assert workspace.push(["sql"], PushOptions("hf:org", repair=True)).notes == []
+    path = f"loramgr/manifests/{workspace.list()[0].digest.removeprefix('sha256:')}.json"
+    api = huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=hub.token)
+    api.create_commit("org/sql", [huggingface_hub.CommitOperationDelete(path)], commit_message="tidy", revision="main")
+    with pytest.raises(IntegrityError, match="the manifest of v3 is damaged or missing there") as told:
+        workspace.push(["sql"], PushOptions("hf:org"))
+    assert str(told.value.hint).startswith("where a home has it: loramgr remote delete hf:org sql")
+    assert workspace.remote_verify("hf:org", quick=True).missing != []
 
 
 def test_a_renamed_adapter_takes_its_repository_along(hub: FakeHub, workspace: Workspace) -> None:
@@ -455,9 +484,91 @@ def test_nothing_is_asked_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UncheckedError, match="cannot be asked"):
         open_remote("hf:org").log("sql", nothing)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_silent_server_ends_an_upload_after_a_failed_connection(
+    hub: FakeHub, tmp_path: Path, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client opens a new session after a failed connection; nobody may wait in that one forever either."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    pauses = SimpleNamespace(sleep=lambda _: Event().wait(0.3))  # the client's own are seconds
+    monkeypatch.setattr("huggingface_hub.utils._http.time", pauses)
+    data = random.Random(1).randbytes(2 << 20)
+    (tmp_path / "weights").write_bytes(data)
+    file = FileRecord("adapter_model.safetensors", digest_bytes(data), len(data))
+    hub.create("org/sql")
+    remote = opened(hub)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        hub.files_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if not closed:
+            silent.listen()
+        timer = threading.Timer(0.2, silent.listen)  # first it refuses, then it takes connections and says nothing
+        timer.start()
+        begin = time.monotonic()
+        with pytest.raises(UncheckedError, match="org/sql"):
+            remote.put_blob("sql", file, tmp_path / "weights")
+        timer.join()
+    assert time.monotonic() - begin < 60
+    session = huggingface_hub.get_session()
+    huggingface_hub.close_session()
+    assert huggingface_hub.get_session() is not session
+    assert huggingface_hub.get_session().timeout.read == 6 * 0.2
+
+
+def test_a_factory_of_somebody_else_is_kept(hub: FakeHub) -> None:
+    made = type(huggingface_hub.get_session())
+    made_here = []
+
+    def factory() -> Any:
+        made_here.append(made(timeout=None))
+        return made_here[-1]
+
+    huggingface_hub.set_client_factory(factory)
+    try:
+        opened(hub).log("sql", nothing)
+        assert huggingface_hub.get_session() is made_here[-1]
+        assert made_here[-1].timeout.read == 6
+        huggingface_hub.close_session()
+        assert huggingface_hub.get_session().timeout.read == 6
+        made_here.append(made(timeout=33))
+        huggingface_hub.set_client_factory(lambda: made_here[-1])
+        opened(hub).log("sql", nothing)
+        assert huggingface_hub.get_session().timeout.read == 33
+    finally:
+        default = import_module("huggingface_hub.utils._http").default_client_factory
+        huggingface_hub.set_client_factory(default)
+
+
+def test_xet_gives_up(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "9")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_DURATION", "x")
+    monkeypatch.delenv("HF_XET_CLIENT_RETRY_MAX_DURATION")
+    hub.has_xet = True
+    hub.create("org/sql")
+    monkeypatch.setattr("loramgr.remotes.hub_client.find_spec", lambda _: True)
+    assert HubClient().has_xet("org/sql")
+    assert os.environ["HF_XET_CLIENT_RETRY_MAX_ATTEMPTS"] == "9"
+    assert os.environ["HF_XET_CLIENT_RETRY_MAX_DURATION"] == "120s"
+
+
+@pytest.mark.skipif(not SOAK, reason="half a minute: LORAMGR_SOAK=1")
+def test_a_push_by_xet_to_nobody_ends(hub: FakeHub, tmp_path: Path) -> None:
+    pytest.importorskip("hf_xet")
+    data = random.Random(2).randbytes(2 << 20)
+    (tmp_path / "weights").write_bytes(data)
+    hub.has_xet = True  # at a port where nobody listens
+    hub.create("org/sql")
+    begin = time.monotonic()
+    file = FileRecord("adapter_model.safetensors", digest_bytes(data), len(data))
+    with pytest.raises(UncheckedError, match="cannot be asked"):
+        opened(hub).put_blob("sql", file, tmp_path / "weights")
+    assert time.monotonic() - begin < 150
 
 
 def test_hostile_answers(hub: FakeHub, workspace: Workspace) -> None:

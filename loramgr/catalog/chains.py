@@ -2,7 +2,7 @@
 
 Two entries after one predecessor are a fork, and so are two logs that claim one name: a kill between storing an entry
 and committing the catalog leaves either. Nothing is lost: what is left aside stays in the store and is reported.
-What a rebase made anew is no fork: the entries that were replaced do not count, as `loramgr.log.set_aside` says.
+What a rebase put together is no fork: the branches that it took up do not count, as `loramgr.forks` says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loramgr.errors import IntegrityError
-from loramgr.log import Entry, set_aside
+from loramgr.forks import set_aside
+from loramgr.log import Entry
 
 __all__ = ["Chains", "follow"]
 

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, delete, select, update
 from loramgr.catalog.fold import apply, name_log
 from loramgr.catalog.tables import EntryRow, Log, Table
 from loramgr.digests import short
-from loramgr.errors import ConflictError, IntegrityError
-from loramgr.log import Entry, replaced_by
+from loramgr.errors import ConflictError
+from loramgr.forks import said_by
+from loramgr.log import Entry
 
 __all__ = ["join", "swap"]
 
@@ -22,12 +23,12 @@ def join(connection: Connection, logs: Sequence[Sequence[Entry]]) -> list[list[E
     """Append to each log the entries that the catalog lacks, and return these, log by log, in their order.
 
     Each log is given whole, from its first entry. Raises ConflictError when both sides went on from one entry, naming
-    both heads, or when a name is another log's; IntegrityError when an entry makes no sense or replaces one that counts
-    here.
+    both heads, when a name is another log's, or when another log here would be set aside; IntegrityError when an entry
+    makes no sense.
     """
     new = [list(log[_common(connection, log) :]) for log in logs]
-    for entry in (entry for entries in new for entry in entries):
-        _check_replaced(connection, entry)
+    for log, entries in zip(logs, new, strict=True):
+        _check_others(connection, log[0].digest, entries)
     heads: list[tuple[str, str]] = []
     for entries in filter(None, new):
         for entry in entries:
@@ -52,14 +53,17 @@ def swap(connection: Connection, roots: Sequence[str], logs: Sequence[Sequence[E
     return [[entry for entry in entries if entry.digest not in known] for entries in join(connection, logs)]
 
 
-def _check_replaced(connection: Connection, entry: Entry) -> None:
-    """Refuse an entry that replaces one that counts here: a rebuild would leave that aside."""
-    replaced = replaced_by([entry])
-    if replaced and connection.scalar(select(EntryRow.digest).where(EntryRow.digest.in_(replaced)).limit(1)):
-        raise IntegrityError(
-            f"log entry {entry.digest} of {entry.log} {entry.name!r} replaces entries that count here",
-            "loramgr history shows them",
-        )
+def _check_others(connection: Connection, root: str, entries: Sequence[Entry]) -> None:
+    """Refuse entries that say what another log here begins with: a rebuild could set that one aside."""
+    said = {digest for entry in entries for digest in said_by(entry)}.difference(entry.digest for entry in entries)
+    if not said:
+        return
+    for log in connection.execute(select(Log.root, Log.name).where(Log.root != root)):
+        if log.root in said:
+            raise ConflictError(
+                f"the log of {entries[-1].log} {entries[-1].name!r} there says anew what {log.name!r} says here",
+                "keep the one in a home of its own, and add its versions under another name",
+            )
 
 
 def _common(connection: Connection, log: Sequence[Entry]) -> int:

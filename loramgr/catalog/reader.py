@@ -80,6 +80,11 @@ class Reader:
         rows = select(Log.name, Log.root).where(Log.kind == "adapter", ~Log.removed).order_by(Log.name)
         return {str(name): root for name, root in self._connection.execute(rows)}
 
+    def removed_adapters(self) -> list[str]:
+        """Return the names of the adapters that are removed as a whole, in their order."""
+        rows = select(Log.name).where(Log.kind == "adapter", Log.removed).order_by(Log.name)
+        return [str(name) for name in self._connection.scalars(rows)]
+
     def log_state(self, kind: LogKind, name: str) -> LogState | None:
         """Return the state of the log of that name, removed or not; None when the name is free."""
         row = self._connection.execute(statements.STATE_OF_LOG, {"log_kind": kind, "log_name": name}).one_or_none()

@@ -30,7 +30,8 @@ def verify(session: Session, /, refs: tuple[str, ...], jobs: int | None, **scope
     """Read the store again and compare the catalog with the logs.
 
     Exit code 5 when something is damaged or missing, else 3 when something could not be read. --repair takes files
-    from the trash or makes them again, and rows from the logs; what is damaged and nowhere else goes into quarantine.
+    from the trash or from a registered remote, or makes them again, and rows from the logs; what is damaged and nowhere
+    else goes into quarantine.
     """
     if scope["quick"] and scope["sample"]:
         raise click.UsageError("--quick reads nothing, so there is no --sample of it.", click.get_current_context())

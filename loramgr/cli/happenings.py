@@ -37,7 +37,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "digest": short,
     "source": str,
     "url": str,
-    "replaces": lambda digests: f"replaces {len(digests)} entries",
+    "replaces": lambda digests: f"{len(digests)} entries said nothing new",
     "tags": ", ".join,
     "labels": _pairs,
     "metrics": _pairs,

@@ -46,7 +46,9 @@ COMMANDS = {
     "unmerge": Listed("loramgr.cli.merging:unmerge", "Give back the base of a merged folder, bit for bit."),
     "status": Listed("loramgr.cli.merging:status", "Tell what a model folder is and whether it changed."),
     "verify-merge": Listed("loramgr.cli.merging:verify_merge", "Replay a recorded merge and compare bit for bit."),
-    "remote": Listed("loramgr.cli.remotes:remote", "Look after the places to push to and pull from."),
+    "remote": Listed(
+        "loramgr.cli.remotes:remote", "Look after the places that adapters are pushed to and pulled from."
+    ),
     "push": Listed("loramgr.cli.remotes:push", "Bring adapters to a remote."),
     "pull": Listed("loramgr.cli.remotes:pull", "Bring adapters from a remote."),
     "clone": Listed("loramgr.cli.remotes:clone", "Register a remote and bring everything that is there."),

@@ -13,6 +13,7 @@ import click
 __all__ = [
     "age",
     "base_argument",
+    "connections_option",
     "device_option",
     "dry_run_option",
     "flags",
@@ -103,6 +104,9 @@ force_option = click.option("--force", is_flag=True, help="Go on where a person 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 yes_option = click.option("--yes", is_flag=True, help="Do not ask; needed where no terminal is there to answer.")
 jobs_option = click.option("--jobs", type=click.IntRange(min=1), help="Threads to use.  [default: one per core]")
+connections_option = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Transfers at once.  [default: 8, or one per core where these are more]"
+)
 device_option = click.option(
     "--device",
     envvar="LORAMGR_DEVICE",

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from loramgr.cli.lazy import Command, LazyGroup, Listed
-from loramgr.cli.options import age, jobs_option, yes_option
+from loramgr.cli.options import age, connections_option, yes_option
 from loramgr.cli.session import Session
 from loramgr.cli.views import size
+from loramgr.errors import LoramgrError
 
 __all__ = [
     "add",
@@ -31,7 +32,9 @@ COMMANDS = {
     "add": Listed("loramgr.cli.remotes:add", "Register a remote under a name."),
     "list": Listed("loramgr.cli.remotes:list_remotes", "List the registered remotes."),
     "remove": Listed("loramgr.cli.remotes:remove", "Forget a remote; what is there stays there."),
-    "list-adapters": Listed("loramgr.cli.remotes:list_adapters", "List the adapters at a remote."),
+    "list-adapters": Listed(
+        "loramgr.cli.remotes:list_adapters", "List the adapters at a remote, each by its newest version."
+    ),
     "status": Listed("loramgr.cli.remotes:status", "Compare the adapters here with those at a remote."),
     "verify": Listed("loramgr.cli.remotes:verify", "Read everything at a remote and compare it with its digests."),
     "delete": Listed("loramgr.cli.remotes:delete", "Delete an adapter at a remote."),
@@ -65,7 +68,12 @@ def add(session: Session, name: str, url: str) -> None:
     Nothing is asked of it yet. A URL with credentials in it is refused: they belong into the places where the tools of
     that store look for them.
     """
-    session.sink.show(session.workspace().remote_add(name, url))
+    workspace = session.workspace()
+    added = workspace.remote_add(name, url)
+    session.sink.show(added)
+    others = [each.name for each in workspace.remote_list() if each.url == added.url and each.name != name]
+    if others:
+        session.sink.note(f"note: the same remote is also called {', '.join(others)}")
 
 
 @click.command(cls=Command)
@@ -98,8 +106,13 @@ def remove(session: Session, name: str, dry_run: bool, yes: bool) -> None:
 @_remote_argument
 @click.pass_obj
 def list_adapters(session: Session, remote: str | None) -> None:
-    """List the adapters at a remote, each by its newest version."""
-    session.sink.show(session.workspace().remote_adapters(remote))
+    """List the adapters at a remote, each by its newest version.
+
+    Exit code 5 where some cannot be read; the others are listed.
+    """
+    damage: dict[str, LoramgrError] = {}
+    session.sink.show(session.workspace().remote_adapters(remote, damage=damage))
+    _tell(damage)
 
 
 @click.command(cls=Command)
@@ -110,15 +123,17 @@ def status(session: Session, remote: str | None, names: tuple[str, ...]) -> None
     """Compare the adapters here with those at a remote.
 
     same; ahead: there is more here, push; behind: there is more there, pull; diverged: both, push --rebase; forked: the
-    remote has several heads, push --rebase; here, there: only in one place.
+    remote has several heads, push --rebase; here, there: only in one place. Exit code 5 where some cannot be read.
     """
-    session.sink.show(session.workspace().remote_status(remote, names))
+    damage: dict[str, LoramgrError] = {}
+    session.sink.show(session.workspace().remote_status(remote, names, damage=damage))
+    _tell(damage)
 
 
 @click.command(cls=Command)
 @_remote_argument
 @click.option("--quick", is_flag=True, help="Compare the sizes of files, do not read them.")
-@jobs_option
+@connections_option
 @click.pass_obj
 def verify(session: Session, remote: str | None, quick: bool, jobs: int | None) -> None:
     """Read everything at a remote and compare it with its digests.
@@ -172,16 +187,18 @@ def gc(session: Session, remote: str | None, grace: timedelta, dry_run: bool, ye
 @_refs_argument
 @click.option("--to", "target", metavar="REMOTE", help="A registered remote or a URL.")
 @click.option("--all", "everything", is_flag=True, help="Push every adapter.")
+@click.option("--repair", is_flag=True, help="Read all that is there of them too, and put right what is damaged.")
 @_rebase
 @_tags
 @_dry_run
-@jobs_option
+@connections_option
 @click.pass_obj
 def push(session: Session, /, refs: tuple[str, ...], everything: bool, jobs: int | None, **options: Any) -> None:
     """Bring adapters to a remote.
 
     REF names an adapter: its whole log goes, and of its versions the files that the remote lacks. Where the log went on
-    there meanwhile, nothing is overwritten: exit code 7.
+    there meanwhile, nothing is overwritten: exit code 7. What is missing there of versions that were pushed before, or
+    has another length, goes again; with --repair also what has other bytes.
     """
     from loramgr.workspace import PushOptions
 
@@ -197,7 +214,7 @@ def push(session: Session, /, refs: tuple[str, ...], everything: bool, jobs: int
 @_rebase
 @_tags_come
 @_dry_run
-@jobs_option
+@connections_option
 @click.pass_obj
 def pull(session: Session, /, refs: tuple[str, ...], everything: bool, jobs: int | None, **options: Any) -> None:
     """Bring adapters from a remote.
@@ -215,7 +232,7 @@ def pull(session: Session, /, refs: tuple[str, ...], everything: bool, jobs: int
 @click.command(cls=Command)
 @click.argument("url")
 @click.option("--name", metavar="REMOTE", help="What to call the remote.  [default: origin]")
-@jobs_option
+@connections_option
 @click.pass_obj
 def clone(session: Session, url: str, name: str | None, jobs: int | None) -> None:
     """Register a remote and bring everything that is there.
@@ -223,6 +240,13 @@ def clone(session: Session, url: str, name: str | None, jobs: int | None) -> Non
     The home may be empty or have adapters. A second time, only what is new comes.
     """
     session.sink.show(session.workspace(jobs).clone(url, name))
+
+
+def _tell(damage: dict[str, LoramgrError]) -> None:
+    """End with what is wrong with adapters that could not be read, once the others are shown."""
+    if damage:
+        first = next(iter(damage.values()))
+        raise type(first)("\n".join(error.message for error in damage.values()), first.hint)
 
 
 def _check_choice(refs: tuple[str, ...], everything: bool) -> None:

@@ -7,12 +7,13 @@ with no gc at work: an entry that a gc can see is kept with all that it names (s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from loramgr.digests import short
-from loramgr.errors import ConflictError, IntegrityError, NotFoundError
+from loramgr.errors import ConflictError, IntegrityError, NotFoundError, RacedError
 from loramgr.log import Entry
 from loramgr.remotes.layout import COLLECTING, MANIFESTS, Head, content_key, entry_key, head_key
 from loramgr.remotes.parallel import each
@@ -65,11 +66,19 @@ class Appender:
         push = _Push(expected, entries, self._chain(expected, entries))
         self._check_readable(push, versions)
         self._check_name_is_free(push)
-        written = self._put_manifests(versions)
+        written = self.put_manifests(versions)
         stood = [version for version, new in zip(versions, written, strict=True) if not new]
         self._put_entries(push)
         self._prove_there(versions, stood, blob)
         return self._swap(push) if self.reader.rule == "swapped" else self._branch(push)
+
+    def check(self, expected: RemoteLog | None, entries: Sequence[Entry]) -> None:
+        """Refuse what `append` would refuse, as far as it shows without writing."""
+        push = _Push(expected, entries, self._chain(expected, entries))
+        self._check_readable(push, ())
+        self._check_name_is_free(push)
+        if self.reader.rule == "swapped" and push.left is not None:
+            self._check_target(push)
 
     def _chain(self, expected: RemoteLog | None, entries: Sequence[Entry]) -> list[Entry]:
         """Return the log, from its first entry to the new head; ConflictError when the entries do not follow it."""
@@ -100,7 +109,9 @@ class Appender:
             if other is not None and other.entries[0].digest != push.chain[0].digest:
                 raise self._taken(push, other.heads)
 
-    def _put_manifests(self, versions: Sequence[VersionContent]) -> list[bool]:
+    def put_manifests(self, versions: Sequence[VersionContent]) -> list[bool]:
+        """Store manifests, also in place of what is none of them; say of each whether it was not there."""
+
         def put(version: VersionContent) -> bool:
             return self._put(content_key(MANIFESTS, version.digest), version.manifest, MANIFEST_LIMIT)
 
@@ -126,13 +137,12 @@ class Appender:
     def _put(self, key: str, data: bytes, limit: int) -> bool:
         """Store bytes under the key that names them; False when they, and no others, stood there already."""
         store = self.reader.store
-        if store.put_if_absent(key, data):
-            return True
-        try:
+        with suppress(IntegrityError):  # a link or the like has its name
+            if store.put_if_absent(key, data):
+                return True
+        with suppress(IntegrityError, NotFoundError):  # too large or gone again: not what belongs there
             if read_bounded(store, key, limit) == data:
                 return False
-        except (IntegrityError, NotFoundError):
-            pass  # too large or gone again: not what belongs there
         store.delete(key)
         store.put_if_absent(key, data)
         return True
@@ -155,7 +165,7 @@ class Appender:
         whole = each(self.reader.jobs, self.presence.whole, relied)
         for file in [file for file, there in zip(relied, whole, strict=True) if not there]:
             self.presence.put(file, blob(file.digest))
-        self._put_manifests(stood)
+        self.put_manifests(stood)
 
     def _swap(self, push: _Push) -> RemoteLog:
         """Make the head name the new end, if it is still what it was when the log was read."""
@@ -174,9 +184,7 @@ class Appender:
 
     def _leave(self, push: _Push, left: RemoteLog) -> None:
         """Have the old name's head say where the log went; from here on nobody can append under that name."""
-        other = self.reader.head(push.name)
-        if other is not None and not other.gone and other.digest != push.head:
-            raise self._taken(push, (other.digest,))
+        self._check_target(push)
         gone = Head(push.head, gone=True, moved=push.name)
         try:
             self.reader.store.put_if_match(head_key(left.name), gone.encode(), left.state)
@@ -184,6 +192,11 @@ class Appender:
             now = self.reader.head(left.name)
             if now != gone:
                 raise self._moved_on(left.name, push.head, (now.digest,) if now else ()) from error
+
+    def _check_target(self, push: _Push) -> None:
+        other = self.reader.head(push.name)
+        if other is not None and not other.gone and other.digest != push.head:
+            raise self._taken(push, (other.digest,))
 
     def _after_refusal(self, push: _Push, error: ConflictError) -> RemoteLog:
         """Tell our own success whose answer was lost, and a name that is free again, from another's success."""
@@ -238,9 +251,9 @@ class Appender:
         for entry in reversed(push.entries):
             self.reader.store.delete(entry_key(push.name, entry.digest))
 
-    def _moved_on(self, name: str, here: str, there: Sequence[str]) -> ConflictError:
+    def _moved_on(self, name: str, here: str, there: Sequence[str]) -> RacedError:
         ends = " and ".join(short(head) for head in there) or "gone"
-        return ConflictError(
+        return RacedError(
             f"the log of {name!r} went on at {self.reader.store.url}: its head there is {ends}, here {short(here)}",
             f"loramgr push --rebase {name}",
         )

@@ -158,7 +158,9 @@ def _has_lasting_key(provider: object) -> bool:
     from botocore.credentials import Credentials
 
     found = getattr(provider, "credentials", None)
-    return type(found) is Credentials and not found.token  # those of roles and logins are of other classes
+    return (
+        found is not None and type(found) is Credentials and not found.token
+    )  # those of roles and logins are of other classes
 
 
 def _profile(url: RemoteUrl) -> tuple[object, str]:

@@ -40,6 +40,7 @@ _ONE_REQUEST = 8 << 20
 _PART = 8 << 20
 _MOST_PARTS = 9000  # S3 takes 10,000
 _PARTS_AT_ONCE = 4
+_LARGE_AT_ONCE = 2  # files that go in parts: with 8 MiB for each of the others, a push of any files stays small
 _PIECE = 1 << 18
 _PAGE = 1000
 _PROBES = ".probe"
@@ -55,6 +56,7 @@ class CloudStore:
         self._clients: CloudClients = connect(url)
         self._capabilities: Capabilities | None = None
         self._probing = threading.Lock()
+        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
 
     @property
     def url(self) -> str:
@@ -226,7 +228,8 @@ class CloudStore:
         put = partial(self._clients.patient.put, use_multipart=True, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
         for last in attempts():
             try:
-                put(key, source)
+                with self._large:
+                    put(key, source)
             except errors() as error:
                 found = self.head(key)
                 complete = found is not None and found.size == size  # only the answer to the last request was lost

@@ -6,6 +6,7 @@ this says first that it is at work, and then reads the logs: a push whose entrie
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +17,10 @@ from itertools import islice
 from loramgr.errors import ConflictError
 from loramgr.log import Entry
 from loramgr.needs import Needs, mentioned, needs_of
-from loramgr.remotes.layout import BLOBS, COLLECTING, LOGS, MANIFESTS, parse_content_key, parse_entry_key
+from loramgr.remotes.layout import BLOBS, COLLECTING, LOGS, MANIFESTS, log_prefix, parse_content_key, parse_entry_key
 from loramgr.remotes.parallel import each
 from loramgr.remotes.presence import YOUNG
-from loramgr.remotes.protocol import Collected, RemoteLog, StoredKey
+from loramgr.remotes.protocol import Collected, MissingThere, RemoteLog, StoredKey, mending
 from loramgr.remotes.reading import LogReader
 
 __all__ = ["collect"]
@@ -72,6 +73,7 @@ def _announced(reader: LogReader, key: str | None) -> Iterator[datetime]:
 
 
 def _needed(reader: LogReader, before: datetime) -> _Needed:
+    _refuse_lost(reader, before)
     needed = _Needed()
     for log in reader.logs(lambda _: None):
         needed.entries.update((log.name, entry.digest) for entry in log.entries)
@@ -81,6 +83,18 @@ def _needed(reader: LogReader, before: datetime) -> _Needed:
         needed.entries.add((name, digest))
         needed.add(mentioned([reader.entry(name, digest)]))
     return needed
+
+
+def _refuse_lost(reader: LogReader, before: datetime) -> None:
+    """Refuse to go on where a log has old entries and no head: it got lost, or a push was cut long ago."""
+    for name in reader.astray():
+        listed = [stored for stored in reader.store.list(log_prefix(name)) if parse_entry_key(stored.key) is not None]
+        if listed and all(stored.modified <= before for stored in listed) and reader.head(name) is None:
+            url = reader.store.url
+            raise MissingThere(
+                f"{url}: the log {name!r} has entries there and no head",
+                f"{mending(name, url)}; else loramgr remote delete {shlex.quote(url)} {name}",
+            )
 
 
 def _arriving(reader: LogReader, needed: _Needed, before: datetime) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import threading
@@ -23,7 +24,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loramgr.durable import appear, make_folder, sync_folder
-from loramgr.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError, UncheckedError
+from loramgr.errors import (
+    ConflictError,
+    IncompatibleError,
+    IntegrityError,
+    LoramgrError,
+    NotFoundError,
+    UncheckedError,
+)
 from loramgr.remotes.keys import HIDDEN, check_key, folder_of
 from loramgr.remotes.protocol import Capabilities, StoredKey
 
@@ -34,6 +42,12 @@ _LOCK = ".lock"
 _PIECE = 1 << 18
 _HASHED = 1 << 16  # bytes: what is swapped is smaller, and larger keys name their bytes
 _ABANDONED_SECONDS = 24 * 3600.0
+_FULL = "free some space there and repeat the command: what is there already is not sent again"
+_NOT_WRITABLE = "check who owns the folder, its mode and how it is mounted"
+_WAYS_ON = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _NOT_WRITABLE),
+}
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -85,7 +99,7 @@ class FolderStore:
 
     def put_if_absent(self, key: str, source: Path | bytes) -> bool:
         """Store a key that is not there; False when it is."""
-        with self._worded():
+        with self._worded(writing=True):
             path = self._path(key)
             if path.exists():
                 sync_folder(path.parent)  # whoever put it may not have come to that
@@ -95,7 +109,7 @@ class FolderStore:
 
     def put_if_match(self, key: str, data: bytes, token: str | None) -> str:
         """Replace a small key in the state that the token names; IncompatibleError where there are no locks."""
-        with self._worded(), self._written(data) as temporary, self._locked():
+        with self._worded(writing=True), self._written(data) as temporary, self._locked():
             path = self._path(key)
             if token is None:
                 if not _appeared(temporary, path):
@@ -120,21 +134,34 @@ class FolderStore:
                         yield _described(key, path.lstat())
 
     def delete(self, key: str) -> None:
-        """Delete a key; one that is not there is no error."""
-        with self._worded():
-            path = self._path(key)
-            path.unlink(missing_ok=True)
+        """Delete a key, and what else has its name: a link, an empty folder; one that is not there is no error."""
+        with self._worded(writing=True):
+            path = self._place(key)
+            if path.is_dir() and not path.is_symlink():
+                _remove_empty(path)
+            else:
+                path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 sync_folder(path.parent)
 
     def _path(self, key: str) -> Path:
         """Return where a key is; IntegrityError when a part of it is a link."""
-        path = self._folder
-        for part in check_key(key).split("/"):
-            path = path / part
-            if path.is_symlink():
-                raise IntegrityError(f"{self._url}: {key} leads through the link {path}", f"rm {path}")
+        path = self._place(key)
+        self._refuse_link(key, path)
         return path
+
+    def _place(self, key: str) -> Path:
+        """Return where a key is, or a link that has its name; IntegrityError when another part of it is a link."""
+        path = self._folder
+        *folders, last = check_key(key).split("/")
+        for part in folders:
+            path = path / part
+            self._refuse_link(key, path)
+        return path / last
+
+    def _refuse_link(self, key: str, path: Path) -> None:
+        if path.is_symlink():
+            raise IntegrityError(f"{self._url}: {key} leads through the link {path}", f"rm {shlex.quote(str(path))}")
 
     def _stored(self, key: str, path: Path) -> StoredKey:
         with _open(path) as stream:
@@ -187,13 +214,16 @@ class FolderStore:
             os.close(descriptor)
 
     @contextmanager
-    def _worded(self) -> Iterator[None]:
-        """Say what the file system refuses in words that name the remote."""
+    def _worded(self, *, writing: bool = False) -> Iterator[None]:
+        """Say what the file system refuses in words that name the remote: what cannot be read is unchecked."""
         try:
             yield
         except OSError as error:
             self._require_folder()
-            raise UncheckedError(f"{self._url}: {error.strerror or error}") from error
+            message, hint = f"{self._url}: {error.strerror or error}", _WAYS_ON.get(error.errno or 0)
+            if hint is not None and (writing or error.errno not in (errno.EACCES, errno.EPERM)):
+                raise LoramgrError(message, hint) from error
+            raise UncheckedError(message, hint) from error
 
     def _require_folder(self) -> None:
         if not self._folder.is_dir():  # never made here: while a mount is missing it would be on the wrong disk
@@ -215,7 +245,16 @@ def _open(path: Path) -> BinaryIO:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    raise IntegrityError(f"{path} is not a regular file", f"rm {path}")
+    raise IntegrityError(f"{path} is not a regular file", f"rm {shlex.quote(str(path))}")
+
+
+def _remove_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise IntegrityError(f"{path} is a folder, not a file", f"rm -r {shlex.quote(str(path))}") from error
 
 
 def _appeared(temporary: Path, path: Path) -> bool:

@@ -22,6 +22,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from loramgr import __version__
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError, UncheckedError, UsageError
 from loramgr.remotes.hub_errors import client_errors, is_passing, wait_asked, worded
+from loramgr.remotes.hub_session import bound_sessions, bound_xet, bounded_session
 
 __all__ = ["MAIN", "HubClient", "check_repository"]
 
@@ -92,6 +93,7 @@ class HubClient:
         self.endpoint = constants.ENDPOINT.rstrip("/")
         self._api = huggingface_hub.HfApi(endpoint=self.endpoint, **_NAMED)
         self._patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        bound_sessions()
         for name in ("huggingface_hub.utils._http", "huggingface_hub._commit_api"):
             logging.getLogger(name).addFilter(_without_queries)
 
@@ -172,12 +174,12 @@ class HubClient:
     def upload(self, repository: str, operation: Any) -> None:
         """Bring the content of a large file, streamed; a small one comes with the commit."""
         with worded(repository), _BARS.hidden():  # the client itself repeats what fails of it
-            self._bound_session()
+            bounded_session()
             self._api.preupload_lfs_files(repository, [operation], revision=MAIN, free_memory=False)
 
     def commit(self, repository: str, operations: Sequence[Any], title: str, parent: str) -> str:
         """Ask once for a commit on top of `parent` and return it; what the client raises comes as it is."""
-        self._bound_session()
+        bounded_session()
         call = self._api.create_commit
         with _BARS.hidden():
             return call(repository, operations, commit_message=title, revision=MAIN, parent_commit=parent).oid
@@ -192,6 +194,7 @@ class HubClient:
             self.get_json(repository, f"api/models/{repository}/xet-write-token/{MAIN}")
         except (NotFoundError, UncheckedError, IntegrityError):
             return False
+        bound_xet()
         return True
 
     def calling(self, where: str, call: Callable[[], Result]) -> Result:
@@ -199,7 +202,7 @@ class HubClient:
         with worded(where):
             for attempt in range(1, _ATTEMPTS):
                 try:
-                    self._bound_session()
+                    bounded_session()
                     return call()
                 except client_errors() as error:
                     if not is_passing(error):
@@ -240,18 +243,11 @@ class HubClient:
     def _response(self, address: str, headers: Mapping[str, str]) -> Iterator[Any]:
         """Open an answer; a redirect to another host is followed without the token, as the HTTP library does."""
         told = _library().build_hf_headers(headers={"Accept-Encoding": "identity", **headers}, **_NAMED)
-        session = self._bound_session()
+        session = bounded_session()
         with session.stream("GET", address, headers=told, timeout=self._patience, follow_redirects=True) as response:
             if response.status_code >= 400:
                 _library().hf_raise_for_status(response)
             yield response
-
-    def _bound_session(self) -> Any:
-        """Return the session that all calls share, which by itself would wait for a silent server forever."""
-        session = _library().get_session()
-        if session.timeout.read is None:
-            session.timeout = type(session.timeout)(6 * self._patience, connect=self._patience)  # a commit takes long
-        return session
 
 
 def check_repository(repository: str) -> str:

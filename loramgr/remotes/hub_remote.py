@@ -6,6 +6,7 @@ that was read, and whatever is read is hashed or proved.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -13,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 from loramgr.digests import digest_bytes
-from loramgr.errors import ConflictError, IntegrityError, NotFoundError, UsageError
+from loramgr.errors import ConflictError, IntegrityError, LoramgrError, NotFoundError, UsageError
 from loramgr.log import Entry
 from loramgr.records import FileRecord
 from loramgr.references import check_name
@@ -24,7 +25,7 @@ from loramgr.remotes.hub_snapshot import Snapshot, is_own, manifest_path, read_s
 from loramgr.remotes.hub_tags import check_free, git_tags, mirror_tags, unmarked, version_tag
 from loramgr.remotes.hub_writing import HubWriter, Push
 from loramgr.remotes.parallel import each
-from loramgr.remotes.protocol import Collected, KnownEntry, RemoteLog, VersionContent
+from loramgr.remotes.protocol import Collected, DamagedLogs, KnownEntry, RemoteLog, VersionContent
 from loramgr.remotes.proving import MANIFEST_LIMIT, parse_manifest
 from loramgr.remotes.urls import RemoteUrl
 
@@ -80,8 +81,38 @@ class HubRemote:
         return log
 
     def logs(self, known: KnownEntry) -> Iterator[RemoteLog]:
-        """Yield all logs."""
-        yield from filter(None, each(self._jobs, lambda name: self.log(name, known), self.names()))
+        """Yield all logs; DamagedLogs after the last, where some are damaged."""
+
+        def read(name: str) -> RemoteLog | LoramgrError | None:
+            try:
+                return self.log(name, known)
+            except (IntegrityError, ConflictError) as error:
+                return error
+
+        names, damaged = self.names(), dict[str, LoramgrError]()
+        for name, log in zip(names, each(self._jobs, read, names), strict=True):
+            if isinstance(log, LoramgrError):
+                damaged[name] = log
+            elif log is not None:
+                yield log
+        if damaged:
+            raise DamagedLogs(damaged)
+
+    def astray(self) -> list[str]:
+        """Return nothing: a commit has its whole log."""
+        return []
+
+    def lost(self, name: str, known: KnownEntry) -> RemoteLog | None:
+        """Return nothing: a branch of git is the head of a log."""
+        return None
+
+    def restore_head(self, log: RemoteLog, head: str) -> RemoteLog:
+        """Change nothing, as `lost` says."""
+        return log
+
+    def revive(self) -> list[str]:
+        """Change nothing: a hub says itself what it is."""
+        return []
 
     def missing(self, name: str, sizes: Mapping[str, int]) -> set[str]:
         """Return which blobs a push of that adapter has to bring; the others are there in full length.
@@ -97,8 +128,25 @@ class HubRemote:
                 lfs |= {(file["digest"], file["bytes"]) for file in entry.content["summary"]["files"]}
         return {digest for digest, size in sizes.items() if (digest, size) not in lfs}
 
-    def put_blob(self, name: str, file: FileRecord, source: Path) -> None:
+    def missing_manifests(self, name: str, sizes: Mapping[str, int | None]) -> set[str]:
+        """Return which manifests the newest commit lacks; the hub itself sees to their bytes."""
+        return {*sizes}.difference(self._state(name).snapshot.manifests) if sizes else set()
+
+    def put_manifest(self, name: str, version: VersionContent) -> None:
+        """Raise IntegrityError: what was taken out of a repository by hand is not guessed back into its history."""
+        raise self._beyond_repair(name, f"the manifest of v{version.number}")
+
+    def _beyond_repair(self, name: str, what: str) -> IntegrityError:
+        return IntegrityError(
+            f"{self._repository(name)}: {what} is damaged or missing there",
+            f"where a home has it: loramgr remote delete {shlex.quote(self.url)} {name} --yes && "
+            f"loramgr push {name} --to {shlex.quote(self.url)}",
+        )
+
+    def put_blob(self, name: str, file: FileRecord, source: Path, *, anew: bool = False) -> None:
         """Bring a blob, streamed; a small one is only hashed here, and comes with the commit of its version."""
+        if anew:
+            raise self._beyond_repair(name, file.path)
         repository = self._repository(name)
         self._writer.bring(repository, file, source, by_path=self._prepare(repository))
 
@@ -132,6 +180,17 @@ class HubRemote:
         if log is None:
             raise push.renamed(state)
         return log
+
+    def check(self, expected: RemoteLog | None, entries: Sequence[Entry]) -> None:
+        """Refuse a new log whose repository holds another one, or files that loramgr did not put there."""
+        if expected is not None:
+            return
+        push = Push(self.url, entries[-1].name, entries[-1].digest, Path)
+        known = {entry.digest: entry for entry in entries}
+        found = self._read(self._repository(push.name), known.get)
+        if found is not None:
+            self._refuse_foreign(found.snapshot)
+            self._refuse_other(push, known, found)
 
     def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
         """Set git tags of versions that are missing and, where asked, bring those of the adapter's tags up to date."""
@@ -183,7 +242,9 @@ class HubRemote:
         """Delete the repository of a log with all its history; NotFoundError where there is none."""
         state = self._read(self._repository(name), _nothing)
         if state is None or state.log(name) is None:
-            raise NotFoundError(f"{self.url}: no adapter {name!r} there", f"loramgr remote list-adapters {self.url}")
+            raise NotFoundError(
+                f"{self.url}: no adapter {name!r} there", f"loramgr remote list-adapters {shlex.quote(self.url)}"
+            )
         self._client.delete(state.snapshot.repository)
         with self._lock:
             self._states.pop(name, None)
@@ -231,11 +292,7 @@ class HubRemote:
                 if snapshot is None:
                     self._client.create(repository, private=True if self._url.option("private") else None)
                     snapshot = read_snapshot(self._client, repository)
-                if not snapshot.entries and snapshot.foreign:
-                    raise ConflictError(
-                        f"{repository} holds {snapshot.foreign[0]}, which loramgr did not push: it would be replaced",
-                        f"loramgr pull hf://{repository}, and push it to another repository",
-                    )
+                self._refuse_foreign(snapshot)
                 self._prepared[repository] = self._client.has_xet(snapshot.repository)
             return self._prepared[repository]
 
@@ -246,11 +303,23 @@ class HubRemote:
         found = self._read(repository, known.get)
         if found is None:
             raise push.moved_on(None)
+        self._refuse_other(push, known, found)
+        return found
+
+    def _refuse_other(self, push: Push, known: Mapping[str, Entry], found: HubState) -> None:
+        """Refuse a repository with log entries that a new log does not have."""
         if found.entries.keys() <= known.keys():
-            return found
+            return
         if known.keys().isdisjoint(found.entries):
             raise push.taken(found)
         raise push.moved_on(found) if found.name == push.name else push.renamed(found)
+
+    def _refuse_foreign(self, snapshot: Snapshot) -> None:
+        if not snapshot.entries and snapshot.foreign:
+            raise ConflictError(
+                f"{snapshot.repository} holds {snapshot.foreign[0]}, which loramgr did not push: it would be replaced",
+                f"loramgr pull hf://{snapshot.repository}, and push it to another repository",
+            )
 
     def _expected(self, push: Push, expected: RemoteLog, known: Mapping[str, Entry]) -> HubState:
         """Return the state that was read, in the repository that the log will have; ConflictError for another one."""

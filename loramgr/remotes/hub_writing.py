@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramgr.digests import digest_file, short
-from loramgr.errors import ConflictError, IntegrityError
+from loramgr.errors import ConflictError, IntegrityError, RacedError
 from loramgr.records import FileRecord
 from loramgr.remotes.hub_client import MAIN, HubClient
 from loramgr.remotes.hub_commit import Draft, Step, draft, operations, title_of
@@ -42,7 +42,7 @@ class Push:
 
     def moved_on(self, found: HubState | None) -> ConflictError:
         """Return the error for a log that is not as it was read, None for one that is gone."""
-        return ConflictError(
+        return RacedError(
             f"the log of {self.name!r} went on at {self.url}: {self._heads(found)}",
             f"loramgr push --rebase {self.name}",
         )
@@ -124,7 +124,10 @@ class HubWriter:
                 found = read_snapshot(self.client, repository, commit)
                 if self._holds(found, step):
                     return found
-        raise push.moved_on(read_log(self.client, head, state.entries.get, self.jobs))
+        now = read_log(self.client, head, state.entries.get, self.jobs)
+        if now.entries and now.entries.keys().isdisjoint(after):
+            raise push.taken(now)
+        raise push.moved_on(now)
 
     def commits(self, repository: str, title: str) -> list[str]:
         """Return the commits whose title ends so, the newest first."""

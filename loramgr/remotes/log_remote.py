@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -14,16 +15,25 @@ from loramgr.log import Entry
 from loramgr.records import FileRecord
 from loramgr.remotes.appending import Appender
 from loramgr.remotes.collecting import collect
-from loramgr.remotes.layout import BLOBS, DESCRIPTION, MANIFESTS, Description, Head, content_key, head_key, log_prefix
-from loramgr.remotes.mending import mend_log
+from loramgr.remotes.layout import (
+    BLOBS,
+    DESCRIPTION,
+    LOGS,
+    MANIFESTS,
+    Description,
+    Head,
+    content_key,
+    head_key,
+    log_prefix,
+)
+from loramgr.remotes.mending import EntrySizes, entry_sizes, mend_log
 from loramgr.remotes.presence import BlobPresence
-from loramgr.remotes.protocol import Collected, KeyStore, KnownEntry, RemoteLog, VersionContent
+from loramgr.remotes.protocol import Collected, KeyStore, KnownEntry, RemoteLog, StoredKey, VersionContent
 from loramgr.remotes.proving import MANIFEST_LIMIT, parse_manifest
 from loramgr.remotes.reading import LogReader, read_bounded
+from loramgr.remotes.reviving import lost_log, read_description, restore_head, revive_description
 
 __all__ = ["LogRemote"]
-
-_DESCRIPTION_LIMIT = 64 << 10
 
 
 class LogRemote:
@@ -35,7 +45,10 @@ class LogRemote:
         self._lock = Lock()
         self._description: Description | None = None
         self._presence = BlobPresence(store, jobs)
+        self._manifests = BlobPresence(store, jobs, MANIFESTS)
         self._listed = False
+        self._entry_sizes: EntrySizes | None = None
+        self._appended: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -53,8 +66,9 @@ class LogRemote:
         return reader.log(name, known) if reader is not None else None
 
     def logs(self, known: KnownEntry) -> Iterator[RemoteLog]:
-        """Yield all logs, by name; blobs are listed from here on, since many will be asked for."""
+        """Yield all logs, by name; what is there is listed from here on, since much will be asked for."""
         self._presence.expect_many()
+        self._manifests.expect_many()
         self._listed = True
         reader = self._reader()
         if reader is not None:
@@ -64,9 +78,36 @@ class LogRemote:
         """Return which of these blobs, given with their bytes, a push has to bring: absent, or of another length."""
         return self._presence.missing(sizes)
 
-    def put_blob(self, name: str, file: FileRecord, source: Path) -> None:
-        """Bring a blob, hashed before it is sent; one that stands there with another length is replaced."""
-        self._presence.put(file, source)
+    def put_blob(self, name: str, file: FileRecord, source: Path, *, anew: bool = False) -> None:
+        """Bring a blob, hashed before it is sent; one that stands there with another length, or `anew`, is replaced."""
+        self._presence.put(file, source, anew=anew)
+
+    def missing_manifests(self, name: str, sizes: Mapping[str, int | None]) -> set[str]:
+        """Return which manifests are not there, or not with that many bytes."""
+        return self._manifests.missing(sizes)
+
+    def put_manifest(self, name: str, version: VersionContent) -> None:
+        """Bring a manifest, in place of what is there and is another."""
+        reader = LogReader(self._store, self._described().heads, self._jobs)
+        Appender(reader, self._presence, self._listed).put_manifests([version])
+
+    def astray(self) -> list[str]:
+        """Return the names, sorted, under which there are entries and no head; none where there are no heads."""
+        reader = self._reader()
+        return reader.astray() if reader is not None else []
+
+    def lost(self, name: str, known: KnownEntry) -> RemoteLog | None:
+        """Return the log of a name without a sound head, as its entries tell it; None where its head is sound."""
+        reader = self._reader()
+        return lost_log(reader, name, known) if reader is not None else None
+
+    def restore_head(self, log: RemoteLog, head: str) -> RemoteLog:
+        """Have a log that `lost` returned end there again; ConflictError where its head changed meanwhile."""
+        return restore_head(LogReader(self._store, self._described().heads, self._jobs), log, head)
+
+    def revive(self) -> list[str]:
+        """Say anew what the remote is, where that is lost or damaged; a line for what was done."""
+        return revive_description(self._store)
 
     def append(
         self,
@@ -82,12 +123,25 @@ class LogRemote:
         """
         reader = LogReader(self._store, self._described().heads, self._jobs)
         appender = Appender(reader, self._presence, self._listed)
-        return appender.append(expected, entries, versions, blob)
+        log = appender.append(expected, entries, versions, blob)
+        with self._lock:
+            self._appended.update(entry.digest for entry in entries)
+        return log
+
+    def check(self, expected: RemoteLog | None, entries: Sequence[Entry]) -> None:
+        """Raise what `append` would raise now, as far as it shows without writing."""
+        reader = self._reader()
+        if reader is not None:
+            Appender(reader, self._presence, self._listed).check(expected, entries)
 
     def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
-        """Put damaged entries right, unless this client looks at many logs; tags are in the log."""
-        reader = None if self._listed else self._reader()
-        mended = mend_log(reader, log, thorough=thorough) if reader is not None else 0
+        """Put damaged entries right; tags are in the log. Where all logs were read, entries are listed once."""
+        with self._lock:
+            older = [entry for entry in log.entries if entry.digest not in self._appended]
+        reader = self._reader() if older else None
+        if reader is None:
+            return []
+        mended = mend_log(reader, log.name, older, thorough=thorough, listed=self._sizes(reader))
         return [f"{mended} damaged log entries of {log.name} were put right there"] if mended else []
 
     def read_manifest(self, name: str, number: int, digest: str) -> bytes:
@@ -138,17 +192,32 @@ class LogRemote:
         parse_manifest(where, digest, data)
         return data
 
+    def _sizes(self, reader: LogReader) -> EntrySizes | None:
+        """Return what the remote lists of all entries, listed once; None where one log is looked at."""
+        with self._lock:
+            if self._listed and self._entry_sizes is None:
+                self._entry_sizes = entry_sizes(reader, LOGS)
+            return self._entry_sizes
+
     def _delete_head(self, reader: LogReader, name: str) -> None:
-        stored = self._store.head(head_key(name))
-        if stored is None:
-            raise self._absent(name)
+        """Have the head say that the log is gone; one that is damaged or missing was the log's all the same."""
+        key, nowhere = head_key(name), digest_bytes(name.encode())
         try:
-            head = reader.head(name)
+            stored, head = self._store.head(key), reader.head(name)
         except IntegrityError:
-            head = Head(digest_bytes(name.encode()))  # what it named is not known any more
-        if head is None or head.gone:
+            stored, head = self._stored_anyhow(key), Head(nowhere)
+        if head.gone if head is not None else not reader.listed_log(name):
             raise self._absent(name)
-        self._store.put_if_match(head_key(name), Head(head.digest, gone=True).encode(), stored.token)
+        gone = Head(nowhere if head is None else head.digest, gone=True)
+        self._store.put_if_match(key, gone.encode(), stored.token if stored is not None else None)
+
+    def _stored_anyhow(self, key: str) -> StoredKey | None:
+        """Return what is told of a key; what is no file, as a link, is taken away."""
+        try:
+            return self._store.head(key)
+        except IntegrityError:
+            self._store.delete(key)
+            return None
 
     def _delete_entries(self, reader: LogReader, name: str) -> None:
         """Delete the entries, the last ones first, so that what a cut leaves is a log."""
@@ -164,7 +233,9 @@ class LogRemote:
             self._store.delete(key)
 
     def _absent(self, name: str) -> NotFoundError:
-        return NotFoundError(f"{self.url}: no adapter {name!r} there", "loramgr remote list-adapters")
+        return NotFoundError(
+            f"{self.url}: no adapter {name!r} there", f"loramgr remote list-adapters {shlex.quote(self.url)}"
+        )
 
     def _reader(self) -> LogReader | None:
         """Return what reads the logs there; None where nothing was ever pushed."""
@@ -174,12 +245,7 @@ class LogRemote:
     def _read_description(self) -> Description | None:
         with self._lock:
             if self._description is None:
-                try:
-                    data = read_bounded(self._store, DESCRIPTION, _DESCRIPTION_LIMIT)
-                except NotFoundError:
-                    self._store.head(DESCRIPTION)  # says so where not only the key is missing, but the whole store
-                    return None
-                self._description = Description.decode(f"{self.url}: {DESCRIPTION}", data)
+                self._description = read_description(self._store)
             return self._description
 
     def _described(self) -> Description:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from loramgr.errors import IntegrityError
@@ -11,14 +11,19 @@ from loramgr.remotes.layout import entry_key, log_prefix, parse_entry_key
 from loramgr.remotes.parallel import each
 from loramgr.remotes.reading import LogReader
 
-__all__ = ["mend_log"]
+__all__ = ["EntrySizes", "entry_sizes", "mend_log"]
 
 
-def mend_log(reader: LogReader, name: str, entries: Sequence[Entry], *, thorough: bool) -> int:
+EntrySizes = dict[tuple[str, str], int]  # the bytes of entries by the name they stand under and their digest
+
+
+def mend_log(
+    reader: LogReader, name: str, entries: Sequence[Entry], *, thorough: bool, listed: EntrySizes | None = None
+) -> int:
     """Store those of the entries of a log anew that are missing there or are not what their keys name; return how many.
 
     `thorough` reads all of them, else those whose length is another. Under former names of the log only what stands
-    there is looked at.
+    there is looked at. `listed` is what the remote has where that is known, else it is asked.
     """
 
     def mended(placed: tuple[str, Entry]) -> bool:
@@ -31,18 +36,24 @@ def mend_log(reader: LogReader, name: str, entries: Sequence[Entry], *, thorough
         reader.store.put_if_absent(key, entry.encode())
         return True
 
-    return sum(each(reader.jobs, mended, _suspects(reader, name, entries, thorough=thorough)))
+    names = dict.fromkeys([name, *(entry.name for entry in entries)])
+    if listed is None:
+        listed = {}
+        for each_name in names:
+            listed |= entry_sizes(reader, log_prefix(each_name))
+    if reader.rule == "branches" and (name, entries[-1].digest) not in listed:
+        return 0  # somebody is deleting the log, its last entries first
+    places = [(each_name, entry) for each_name in names for entry in entries]
+    there = [(at, entry, listed.get((at, entry.digest))) for at, entry in places]
+    wrong = (
+        (at, entry)
+        for at, entry, size in there
+        if (at == name or size is not None) and (thorough or size != len(entry.encode()))
+    )
+    return sum(each(reader.jobs, mended, wrong))
 
 
-def _suspects(reader: LogReader, now: str, entries: Sequence[Entry], *, thorough: bool) -> Iterator[tuple[str, Entry]]:
-    """Yield what has to be read, each entry with the name that it stands under."""
-    for name in dict.fromkeys([now, *(entry.name for entry in entries)]):
-        parsed = ((parse_entry_key(stored.key), stored.size) for stored in reader.store.list(log_prefix(name)))
-        sizes = {found[1]: size for found, size in parsed if found is not None and found[0] == name}
-        if name == now and reader.rule == "branches" and entries[-1].digest not in sizes:
-            return  # somebody is deleting the log, its last entries first
-        for entry in entries:
-            if name != now and entry.digest not in sizes:
-                continue
-            if thorough or sizes.get(entry.digest) != len(entry.encode()):
-                yield name, entry
+def entry_sizes(reader: LogReader, prefix: str) -> dict[tuple[str, str], int]:
+    """Return what the remote lists of entries below a prefix."""
+    parsed = ((parse_entry_key(stored.key), stored.size) for stored in reader.store.list(prefix))
+    return {place: size for place, size in parsed if place is not None}

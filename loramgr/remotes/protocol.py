@@ -6,28 +6,50 @@ Neither is believed: whoever reads from one hashes what arrives, before it gets 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from loramgr.log import Entry, set_aside
+from loramgr import forks
+from loramgr.errors import IntegrityError, LoramgrError
+from loramgr.log import Entry
 from loramgr.records import FileRecord
 
 __all__ = [
     "Capabilities",
     "Collected",
+    "DamagedLogs",
     "KeyStore",
     "KnownEntry",
+    "MissingThere",
     "Remote",
     "RemoteLog",
     "StoredKey",
     "VersionContent",
     "ends",
+    "mending",
 ]
 
 KnownEntry = Callable[[str], Entry | None]  # an entry by its digest, where it is here already and need not be fetched
+
+
+class MissingThere(IntegrityError):
+    """What a remote says that it has is not there at all."""
+
+
+class DamagedLogs(IntegrityError):
+    """Logs that are not whole and sound, told after all that are; `errors` has one for each name."""
+
+    def __init__(self, errors: Mapping[str, LoramgrError]) -> None:
+        first = next(iter(errors.values()))
+        message = first.message
+        if len(errors) > 1:
+            message = f"{len(errors)} logs are damaged:" + "".join(f"\n{each.message}" for each in errors.values())
+        super().__init__(message, first.hint)
+        self.errors = dict(errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +161,40 @@ class Remote(Protocol):
         """Return the log of that name, None where there is none; entries that are known are not fetched."""
 
     def logs(self, known: KnownEntry) -> Iterator[RemoteLog]:
-        """Yield all logs, with fewer requests than one by one."""
+        """Yield all logs, with fewer requests than one by one; DamagedLogs after the last, where some are damaged."""
+
+    def astray(self) -> list[str]:
+        """Return the names, sorted, with log entries that no head tells of: it got lost, or a push was cut."""
+
+    def lost(self, name: str, known: KnownEntry) -> RemoteLog | None:
+        """Return the log of a name without a sound head, as its entries tell it; None where its head is sound."""
+
+    def restore_head(self, log: RemoteLog, head: str) -> RemoteLog:
+        """Have a log that `lost` returned end there again; ConflictError where its head changed meanwhile."""
+
+    def revive(self) -> list[str]:
+        """Put right what the remote says of itself, where that is lost or damaged; a line for each thing."""
 
     def missing(self, name: str, sizes: Mapping[str, int]) -> set[str]:
         """Return which of these blobs, given with their bytes, a push of that adapter has to bring."""
 
-    def put_blob(self, name: str, file: FileRecord, source: Path) -> None:
-        """Bring a blob, streamed; nothing refers to it before `append`. Several threads may bring some at once."""
+    def put_blob(self, name: str, file: FileRecord, source: Path, *, anew: bool = False) -> None:
+        """Bring a blob, streamed; nothing refers to it before `append`. Several threads may bring some at once.
+
+        `anew` takes the place of one that is there. IntegrityError where the remote has no way to do that.
+        """
+
+    def missing_manifests(self, name: str, sizes: Mapping[str, int | None]) -> set[str]:
+        """Return which manifests of versions that its log has are not there, or not with that many bytes.
+
+        A size is None where it is not known.
+        """
+
+    def put_manifest(self, name: str, version: VersionContent) -> None:
+        """Bring the manifest of a version that the log has; one that is there and is another is replaced.
+
+        IntegrityError where the remote has no way to do that.
+        """
 
     def append(
         self,
@@ -160,6 +209,9 @@ class Remote(Protocol):
         The name is that of the last entry. Raises ConflictError, naming both heads, when the log went on since
         `expected` was read or another has its name. Where the store cannot tell, a fork comes back: several `heads`.
         """
+
+    def check(self, expected: RemoteLog | None, entries: Sequence[Entry]) -> None:
+        """Raise what `append` would raise now, as far as it shows without writing."""
 
     def settle(self, log: RemoteLog, *, tags: bool, thorough: bool) -> list[str]:
         """Put right what earlier pushes of a log left undone or others damaged, and say so, a line for each thing.
@@ -181,10 +233,11 @@ class Remote(Protocol):
         """Delete what no log there refers to and is older than the grace."""
 
 
+def mending(name: str, url: str) -> str:
+    """Return the hint for something damaged or missing of an adapter at a remote."""
+    return f"where a home has it: loramgr push --repair {name} --to {shlex.quote(url)}"
+
+
 def ends(entries: Iterable[Entry]) -> tuple[str, ...]:
-    """Return the digests of the entries where branches end, sorted; one that was replaced is no branch."""
-    known = list(entries)
-    aside = set_aside(known)
-    counting = [entry for entry in known if entry.digest not in aside]
-    followed = {entry.predecessor for entry in counting}
-    return tuple(sorted(entry.digest for entry in counting if entry.digest not in followed))
+    """Return the digests of the entries where branches end, sorted; one that another says all of is no branch."""
+    return tuple(sorted(forks.ends(entries)))

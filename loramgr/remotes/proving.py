@@ -147,6 +147,8 @@ def _check_entry(entry: Entry) -> None:
         raise IntegrityError(f"has the impossible time {entry.time!r}")
     _check_type(entry.author, str, "the author")
     _check_type(entry.content, dict, "the content")
+    if "original" in entry.content:
+        _check_digest(entry.content["original"], "the original")
     _CHECKS[entry.kind](entry.content)
 
 

@@ -20,7 +20,16 @@ from loramgr.remotes.layout import (
     parse_head_key,
 )
 from loramgr.remotes.parallel import each
-from loramgr.remotes.protocol import KeyStore, KnownEntry, RemoteLog, StoredKey, ends
+from loramgr.remotes.protocol import (
+    DamagedLogs,
+    KeyStore,
+    KnownEntry,
+    MissingThere,
+    RemoteLog,
+    StoredKey,
+    ends,
+    mending,
+)
 from loramgr.remotes.proving import ENTRY_LIMIT, check_log, prove_entry
 
 __all__ = ["LogReader", "read_bounded"]
@@ -54,9 +63,11 @@ class LogReader:
     jobs: int
 
     def names(self) -> list[str]:
-        """Return the names that have a log, sorted, from listings wherever these suffice."""
+        """Return the names that have a log, sound or not, sorted, from listings wherever these suffice."""
         if self.rule == "swapped":
-            return sorted(name for name, stored in self._listed_heads().items() if stored.size == _LIVE_HEAD)
+            heads = sorted(self._listed_heads().items())
+            standing = each(self.jobs, self._stands, heads)
+            return [name for (name, _), stands in zip(heads, standing, strict=True) if stands]
         listed = self.listed()
         holders: defaultdict[str, list[str]] = defaultdict(list)
         for name, digests in listed.items():
@@ -72,8 +83,15 @@ class LogReader:
         stored = self.store.head(head_key(name))
         return None if stored is None else self._swapped(name, stored, known, None)
 
+    def astray(self) -> list[str]:
+        """Return the names, sorted, under which there are log entries and no head; none where there are no heads."""
+        if self.rule == "branches":
+            return []
+        listed = {name for name, _ in self._entries(LOGS, REMOTE_ENTRIES)}
+        return sorted(listed.difference(self._listed_heads()))
+
     def logs(self, known: KnownEntry) -> Iterator[RemoteLog]:
-        """Yield all logs, sorted by name, and raise what is wrong with one after those that are sound."""
+        """Yield all logs, sorted by name, and raise DamagedLogs after those that are sound."""
         heads = {} if self.rule == "branches" else self._listed_heads()  # before the entries: these are there by then
         listed = self.listed()
         alone = LogReader(self.store, self.rule, 1)
@@ -87,14 +105,15 @@ class LogReader:
             except IntegrityError as error:
                 return error
 
-        damaged: IntegrityError | None = None
-        for log in each(self.jobs, read, sorted(heads or listed)):
+        damaged: dict[str, LoramgrError] = {}
+        names = sorted(heads if self.rule == "swapped" else listed)
+        for name, log in zip(names, each(self.jobs, read, names), strict=True):
             if isinstance(log, IntegrityError):
-                damaged = damaged or log
+                damaged[name] = log
             elif log is not None:
                 yield log
-        if damaged is not None:
-            raise damaged
+        if damaged:
+            raise DamagedLogs(damaged)
 
     def head(self, name: str) -> Head | None:
         """Return what stands under a name's head, None where nothing does; for remotes that swap heads."""
@@ -103,6 +122,8 @@ class LogReader:
             return Head.decode(f"{self.store.url}: {key}", read_bounded(self.store, key, _HEAD_LIMIT))
         except NotFoundError:
             return None
+        except IntegrityError as error:
+            raise IntegrityError(error.message, error.hint or mending(name, self.store.url)) from error
 
     def listed(self) -> dict[str, list[str]]:
         """Return the digests of the entries under each name, as the remote lists them."""
@@ -120,7 +141,18 @@ class LogReader:
             except IntegrityError:  # damaged on its way, or there
                 return prove_entry(where, digest, read_bounded(self.store, entry_key(name, digest), ENTRY_LIMIT))
         except NotFoundError as error:
-            raise IntegrityError(f"{where} is missing") from error
+            raise MissingThere(f"{where} is missing") from error
+
+    def _stands(self, listed: tuple[str, StoredKey]) -> bool:
+        """Say whether a head, as it was listed, is one of a log that is not gone; a damaged one is."""
+        name, stored = listed
+        if stored.size == _LIVE_HEAD:
+            return True
+        try:
+            head = self.head(name)
+        except IntegrityError:
+            return True
+        return head is not None and not head.gone
 
     def _listed_heads(self) -> dict[str, StoredKey]:
         named = ((parse_head_key(stored.key), stored) for stored in self._bounded(HEADS, REMOTE_LOGS))
@@ -217,8 +249,7 @@ class _Gathered:
         try:
             return digest, self._reader.entry(self._name, digest)
         except IntegrityError as error:
-            mended = f"loramgr push {self._name} from a home that has it"
-            return digest, IntegrityError(error.message, error.hint or mended)
+            return digest, type(error)(error.message, error.hint or mending(self._name, self._reader.store.url))
 
     def _take(self, digest: str, found: Entry | LoramgrError) -> None:
         self._fetched[digest] = found

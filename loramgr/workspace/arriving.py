@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loramgr.catalog.catalog import Writer
-from loramgr.errors import ConflictError
+from loramgr.errors import ConflictError, RacedError
 from loramgr.log import Entry
 from loramgr.needs import live
 from loramgr.store.batch import StagedFiles, batch
@@ -81,7 +81,7 @@ def _check_unmoved(writer: Writer, arrival: Arrival) -> None:
     last = arrival.here[-1]
     state = writer.log_state("adapter", last.name)
     if state is None or state.head != last.digest:
-        raise ConflictError(f"the log of adapter {last.name!r} has moved on", "run the command again")
+        raise RacedError(f"the log of adapter {last.name!r} has moved on", "run the command again")
 
 
 def _adopt(blobs: StagedFiles, digest: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from loramgr.errors import IntegrityError, LoramgrError, NotFoundError
 from loramgr.log import Entry
 from loramgr.records import FileRecord
 from loramgr.remotes.parallel import each
-from loramgr.remotes.protocol import Remote
+from loramgr.remotes.protocol import MissingThere, Remote, mending
 from loramgr.remotes.proving import parse_manifest
 from loramgr.workspace.arriving import Arrival, take_in
 from loramgr.workspace.fetching import Wanted, fetch, partial_folder
@@ -75,13 +75,17 @@ def bring(
         work = partial(_fetched, remote, partial_folder(home.cache), progress.update)
         files = dict(zip(wanted, each(home.jobs, partial(tried, work), wanted.values()), strict=True))
     ready: list[tuple[Bringing, Arrival, Moved]] = []
-    arrivals = each(home.jobs, partial(tried, partial(_arrival, home, remote, files)), adapters)
-    for (adapter, moved), arrival in zip(expected, arrivals, strict=True):
-        if isinstance(arrival, LoramgrError):
-            yield adapter.name, arrival
-        else:
-            ready.append((adapter, arrival, moved))
+    withheld: list[tuple[str, LoramgrError]] = []
+    sorted_out = each(home.jobs, partial(tried, partial(_whole, home, remote, files)), adapters)
+    for (adapter, moved), found in zip(expected, sorted_out, strict=True):
+        if isinstance(found, LoramgrError):
+            yield adapter.name, found
+            continue
+        good, arrival, errors = found
+        ready.append((good, arrival, good.moved(home, ()) if errors else moved))
+        withheld += [(adapter.name, _withheld(adapter, errors))] if errors else []
     yield from _taken_in(home, label, ready)
+    yield from withheld
 
 
 def read_manifest(remote: Remote, name: str, entry: Entry) -> bytes:
@@ -91,11 +95,13 @@ def read_manifest(remote: Remote, name: str, entry: Entry) -> bytes:
     try:
         data = remote.read_manifest(name, number, digest)
     except NotFoundError as error:
-        raise IntegrityError(f"{where} is missing there", "loramgr remote verify") from error
+        raise MissingThere(f"{where} is missing there", mending(name, remote.url)) from error
+    except IntegrityError as error:
+        raise IntegrityError(error.message, error.hint or mending(name, remote.url)) from error
     told = parse_manifest(where, digest, data)
     said = {key: summary[key] for key in ("method", "base", "files")}
     if {key: told.get(key) for key in said} != said:
-        raise IntegrityError(f"{where} does not say what its log entry says", "loramgr remote verify")
+        raise IntegrityError(f"{where} does not say what its log entry says", mending(name, remote.url))
     return data
 
 
@@ -103,18 +109,51 @@ def _fetched(remote: Remote, folder: Path, observe: Callable[[int], object], wan
     return fetch(remote, wanted, folder, observe)
 
 
-def _arrival(home: Home, remote: Remote, files: dict[str, Path | LoramgrError], adapter: Bringing) -> Arrival:
-    """Put together what came for an adapter; raises the error of the first file that did not come."""
-    arrival = Arrival(adapter.entries, adapter.here)
-    for digest in {digest for entry in adapter.wanted for digest in files_of_entry(entry)} & files.keys():
-        found = files[digest]
-        if isinstance(found, LoramgrError):
-            raise found
-        arrival.files[digest] = found
-    for entry in adapter.lacking(home):
-        if not home.store.manifests.contains(entry.content["version"]):
-            arrival.manifests[entry.content["version"]] = read_manifest(remote, adapter.name, entry)
-    return arrival
+def _whole(
+    home: Home, remote: Remote, files: dict[str, Path | LoramgrError], adapter: Bringing
+) -> tuple[Bringing, Arrival, dict[int, LoramgrError]]:
+    """Put together what came for an adapter, but for versions that are damaged there, told by number with the error.
+
+    Raises the first error where no version came, or it is no damage of a file.
+    """
+    arrival, errors = Arrival(adapter.entries, adapter.here), dict[int, LoramgrError]()
+    lacking = adapter.lacking(home)
+    for entry in lacking:
+        came = {digest: files[digest] for digest in files_of_entry(entry) if digest in files}
+        manifest = _manifest(home, remote, adapter.name, entry)
+        wrong = [found for found in (*came.values(), manifest) if isinstance(found, LoramgrError)]
+        for error in wrong:
+            if not isinstance(error, IntegrityError):
+                raise error
+        if wrong:
+            errors[entry.content["number"]] = wrong[0]
+            continue
+        arrival.files |= {digest: found for digest, found in came.items() if isinstance(found, Path)}
+        arrival.manifests |= {entry.content["version"]: manifest} if isinstance(manifest, bytes) else {}
+    if errors and len(errors) == len(lacking):
+        raise next(iter(errors.values()))
+    wanted = [entry for entry in adapter.wanted if entry.content["number"] not in errors]
+    return replace(adapter, wanted=wanted), arrival, errors
+
+
+def _manifest(home: Home, remote: Remote, name: str, entry: Entry) -> bytes | MissingThere | None:
+    """Return the manifest of a version, None where it is here, the error where it is not there; raises any other."""
+    if home.store.manifests.contains(entry.content["version"]):
+        return None
+    try:
+        return read_manifest(remote, name, entry)
+    except MissingThere as error:
+        return error
+
+
+def _withheld(adapter: Bringing, errors: dict[int, LoramgrError]) -> IntegrityError:
+    """Return one error for the versions of an adapter that did not come while the rest did."""
+    name = adapter.entries[-1].name
+    told = "".join(f"\n{name}@v{number}: {error.message}" for number, error in errors.items())
+    return IntegrityError(
+        f"{len(errors)} of {len(adapter.wanted)} versions of {name} did not come:{told}",
+        next(iter(errors.values())).hint,
+    )
 
 
 def _taken_in(

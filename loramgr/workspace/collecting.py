@@ -12,7 +12,8 @@ from loramgr.catalog import schema
 from loramgr.catalog.chains import follow
 from loramgr.catalog.reader import Reader
 from loramgr.errors import IntegrityError
-from loramgr.log import Entry, replaced_by
+from loramgr.forks import set_aside
+from loramgr.log import Entry
 from loramgr.needs import Needs, mentioned, needs_of
 from loramgr.records import GcReport
 from loramgr.store import store as layout
@@ -95,7 +96,7 @@ def _survey(home: Home, reader: Reader, before: float) -> _Garbage:
     young = mentioned(staying)
     return _Garbage(
         left,
-        replaced_by(entry for log in logs for entry in log),
+        set_aside(entries.values()),
         frozenset(entry.digest for entry in staying),
         _unneeded(store.manifests, needs.manifests.keys() | young.manifests.keys(), before),
         _unneeded(store.blobs, needs.blobs.keys() | young.blobs.keys(), before),

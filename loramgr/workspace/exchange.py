@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
 from loramgr.cores import usable_cores
+from loramgr.errors import LoramgrError
 from loramgr.hints import ReadHints
 from loramgr.records import (
     GcReport,
@@ -25,6 +27,7 @@ __all__ = ["DAY", "Exchange"]
 
 DAY = timedelta(days=1)
 Where = Path | str | None
+_CONNECTIONS = 8
 
 
 class Exchange:
@@ -38,12 +41,18 @@ class Exchange:
     ) -> None:
         self.home = default_home() if home is None else Path(home)
         self._jobs = jobs or usable_cores()
+        self._connections = jobs or max(_CONNECTIONS, usable_cores())
         self._progress = progress
         self._hints = hints
 
     @cached_property
     def _opened(self) -> Home:
         return Home.open(self.home, self._jobs, self._progress, self._hints)
+
+    @property
+    def _connected(self) -> Home:
+        """The home as transfers use it: most of their time they wait for the other side, not for a core."""
+        return replace(self._opened, jobs=self._connections)
 
     def remote_add(self, name: str, url: str) -> RemoteRecord:
         """Register a remote under a name."""
@@ -73,46 +82,57 @@ class Exchange:
         """Bring adapters to a remote, all of them where none is named."""
         from loramgr.workspace import pushing
 
-        return pushing.push(self._opened, refs, options or PushOptions())
+        return pushing.push(self._connected, refs, options or PushOptions())
 
     def pull(self, refs: Sequence[str], options: PullOptions | None = None) -> TransferReport:
         """Bring adapters from a remote, everything that is there where none is named."""
         from loramgr.workspace import pulling
 
-        return pulling.pull(self._opened, refs, options or PullOptions())
+        return pulling.pull(self._connected, refs, options or PullOptions())
 
     def clone(self, url: str, name: str | None = None) -> TransferReport:
         """Register a remote, as `origin` where no name is given, and bring everything that is there."""
         from loramgr.workspace import pulling
 
-        return pulling.clone(self._opened, url, name)
+        return pulling.clone(self._connected, url, name)
 
-    def remote_adapters(self, remote: str | None = None) -> list[RemoteVersionRecord]:
-        """Return the adapters at a remote, by their newest versions."""
+    def remote_adapters(
+        self, remote: str | None = None, *, damage: dict[str, LoramgrError] | None = None
+    ) -> list[RemoteVersionRecord]:
+        """Return the adapters at a remote, by their newest versions; damaged ones go into `damage`, None raises."""
         from loramgr.workspace import remote_status
 
-        return remote_status.list_adapters(self._opened, remote)
+        return remote_status.list_adapters(self._connected, remote, damage)
 
-    def remote_status(self, remote: str | None = None, names: Sequence[str] = ()) -> list[RemoteStatus]:
-        """Return how adapters here compare with those at a remote: of the names given, else of all."""
+    def remote_status(
+        self,
+        remote: str | None = None,
+        names: Sequence[str] = (),
+        *,
+        damage: dict[str, LoramgrError] | None = None,
+    ) -> list[RemoteStatus]:
+        """Return how adapters here compare with those at a remote, of the names given, else of all.
+
+        What is wrong with adapters that cannot be read there is put into `damage`, by name; None raises it.
+        """
         from loramgr.workspace import remote_status
 
-        return remote_status.remote_status(self._opened, remote, names)
+        return remote_status.remote_status(self._connected, remote, names, damage)
 
     def remote_verify(self, remote: str | None = None, *, quick: bool = False) -> RemoteVerification:
         """Read everything at a remote again, or with `quick` compare the sizes of the files."""
         from loramgr.workspace import remote_care
 
-        return remote_care.verify_remote(self._opened, remote, quick=quick)
+        return remote_care.verify_remote(self._connected, remote, quick=quick)
 
     def remote_delete(self, remote: str | None, name: str, *, dry_run: bool = False) -> Removal:
         """Delete an adapter at a remote, with all its versions there."""
         from loramgr.workspace import remote_care
 
-        return remote_care.delete_there(self._opened, remote, name, dry_run=dry_run)
+        return remote_care.delete_there(self._connected, remote, name, dry_run=dry_run)
 
     def remote_gc(self, remote: str | None = None, grace: timedelta = DAY, *, dry_run: bool = False) -> GcReport:
         """Delete at a remote what no log there refers to and is older than the grace."""
         from loramgr.workspace import remote_care
 
-        return remote_care.collect_remote(self._opened, remote, grace, dry_run=dry_run)
+        return remote_care.collect_remote(self._connected, remote, grace, dry_run=dry_run)

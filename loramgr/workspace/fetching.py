@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,12 @@ from typing import Protocol
 from loramgr.digests import CHUNK, PREFIX, digest_file
 from loramgr.errors import IntegrityError, LoramgrError, NotFoundError, UncheckedError
 from loramgr.records import FileRecord
+from loramgr.remotes.protocol import MissingThere
 
 __all__ = ["BlobSource", "Wanted", "fetch", "partial_folder", "read_proved"]
 
 _ATTEMPTS = 4  # without a byte of progress
 _PAUSE_SECONDS = 0.2
-_LOOK = "loramgr remote verify"
 
 
 class BlobSource(Protocol):
@@ -124,7 +125,8 @@ def _pieces(remote: BlobSource, wanted: Wanted, offset: int) -> Iterator[bytes]:
     while offset < wanted.file.bytes:
         before = offset
         error: LoramgrError = IntegrityError(
-            f"{remote.url}: {_named(wanted)} ends there before the {wanted.file.bytes:,} bytes that are recorded", _LOOK
+            f"{remote.url}: {_named(wanted)} ends there before the {wanted.file.bytes:,} bytes that are recorded",
+            _look(remote),
         )
         try:
             for piece in _stream(remote, wanted, offset):
@@ -146,17 +148,21 @@ def _stream(remote: BlobSource, wanted: Wanted, offset: int) -> Iterator[bytes]:
             offset += len(piece)
             if offset > wanted.file.bytes:
                 more = f"has more there than the {wanted.file.bytes:,} bytes that are recorded"
-                raise IntegrityError(f"{remote.url}: {_named(wanted)} {more}", _LOOK)
+                raise IntegrityError(f"{remote.url}: {_named(wanted)} {more}", _look(remote))
             yield piece
     except NotFoundError as error:
-        raise IntegrityError(f"{remote.url}: {_named(wanted)} is missing there", _LOOK) from error
+        raise MissingThere(f"{remote.url}: {_named(wanted)} is missing there", _look(remote)) from error
     except IntegrityError as error:
-        raise IntegrityError(error.message, error.hint or _LOOK) from error
+        raise type(error)(error.message, error.hint or _look(remote)) from error
 
 
 def _damaged(remote: BlobSource, wanted: Wanted) -> IntegrityError:
     told = f"its bytes are not {wanted.file.digest}"
-    return IntegrityError(f"{remote.url}: {_named(wanted)} is damaged there: {told}", _LOOK)
+    return IntegrityError(f"{remote.url}: {_named(wanted)} is damaged there: {told}", _look(remote))
+
+
+def _look(remote: BlobSource) -> str:
+    return f"loramgr remote verify {shlex.quote(remote.url)}"
 
 
 def _named(wanted: Wanted) -> str:

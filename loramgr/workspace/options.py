@@ -156,10 +156,12 @@ class PullOptions:
 class PushOptions:
     """Where to push to, and what to do where both sides went on; `target` as `source` in `PullOptions`.
 
-    `tags` gives the adapter's tags to git too, where the remote is a hub; in the log they travel always.
+    `tags` gives the adapter's tags to git too, where the remote is a hub; in the log they travel always. `repair` reads
+    everything that the remote has of the adapters, and puts right what is damaged.
     """
 
     target: str | None = None
     rebase: bool = False
     dry_run: bool = False
     tags: bool = False
+    repair: bool = False

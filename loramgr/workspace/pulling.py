@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from loramgr.errors import ConflictError, LoramgrError, NotFoundError
-from loramgr.log import Entry, replaced_by
+from loramgr.forks import set_aside
+from loramgr.log import Entry
 from loramgr.needs import live
 from loramgr.records import TransferReport
 from loramgr.references import Reference, parse_reference
-from loramgr.remotes.protocol import KnownEntry, Remote, RemoteLog
+from loramgr.remotes.protocol import DamagedLogs, KnownEntry, Remote, RemoteLog
 from loramgr.workspace.branches import Branch
 from loramgr.workspace.bringing import Bringing, bring
 from loramgr.workspace.home import Home
@@ -26,7 +29,7 @@ from loramgr.workspace.remote_logs import (
     went_apart,
 )
 from loramgr.workspace.remotes import ORIGIN, Place, add_remote, resolve
-from loramgr.workspace.transfers import Failures, Moved
+from loramgr.workspace.transfers import Failures, Moved, tried
 
 __all__ = ["clone", "pull"]
 
@@ -64,9 +67,10 @@ def pull(home: Home, refs: Sequence[str], options: PullOptions) -> TransferRepor
     place = resolve(home, options.source)
     references = _references(home, refs) if refs else None
     pulling = _Pulling(home, place.open(home.jobs), place, options, references)
-    failures, done = Failures(0), Moved()
+    failures, done, names = Failures(0), Moved(), set[str]()
     for name, result in _results(pulling):
-        failures.total += 1
+        names.add(name)
+        failures.total = len(names)
         if isinstance(result, LoramgrError):
             failures.errors[name] = result
         else:
@@ -79,7 +83,7 @@ def clone(home: Home, url: str, name: str | None) -> TransferReport:
     """Register a remote, as `origin` where no name is given, and bring everything that is there."""
     place = resolve(home, url)
     place.open(home.jobs).names()  # an address where nothing answers is not registered
-    remote = add_remote(home, ORIGIN if name is None else name, place.url)
+    remote = add_remote(home, ORIGIN if name is None else name, place.url, f"loramgr clone {place.url} --name NAME")
     return pull(home, (), PullOptions(remote.name, all_versions=True))
 
 
@@ -109,10 +113,9 @@ def _results(pulling: _Pulling) -> Iterator[tuple[str, Moved | LoramgrError]]:
     waiting: list[tuple[Bringing, Moved]] = []
     coming: set[str] = set()
     for name, log in _logs(pulling):
-        try:
-            adapter = _plan(pulling, name, log)
-        except LoramgrError as error:
-            yield name, error
+        adapter = log if isinstance(log, LoramgrError) else tried(partial(_plan, pulling, name), log)
+        if isinstance(adapter, LoramgrError):
+            yield name, adapter
             continue
         moved = adapter.moved(pulling.home, coming)
         coming.update(adapter.files(pulling.home))
@@ -127,23 +130,33 @@ def _results(pulling: _Pulling) -> Iterator[tuple[str, Moved | LoramgrError]]:
         yield from bring(pulling.home, pulling.remote, pulling.place.label, waiting)
 
 
-def _logs(pulling: _Pulling) -> Iterable[tuple[str, RemoteLog | None]]:
+def _logs(pulling: _Pulling) -> Iterable[tuple[str, RemoteLog | LoramgrError | None]]:
+    """Yield the logs that are meant, None for one that is not there, an error for one that cannot be read."""
     known = known_entries(pulling.home)
     if pulling.references is None:
-        for log in pulling.remote.logs(known):
-            yield log.name, log
+        try:
+            for log in pulling.remote.logs(known):
+                yield log.name, log
+        except DamagedLogs as damaged:
+            yield from damaged.errors.items()
         return
     for name in pulling.references:
         with pulling.home.catalog.reading() as reader:
             here = local_log(pulling.home, reader, name)
-        yield name, find_log(pulling.remote, name, here, known) or _renamed(pulling.remote, here, known)
+        yield name, tried(partial(_find, pulling.remote, name, here), known)
+
+
+def _find(remote: Remote, name: str, here: Sequence[Entry], known: KnownEntry) -> RemoteLog | None:
+    return find_log(remote, name, here, known) or _renamed(remote, here, known)
 
 
 def _renamed(remote: Remote, here: Sequence[Entry], known: KnownEntry) -> RemoteLog | None:
     """Look through all logs for one that is known here by a name which it had earlier."""
     if not here:
         return None
-    return next((log for log in remote.logs(known) if log.entries[0].digest == here[0].digest), None)
+    with suppress(DamagedLogs):  # they are not asked for
+        return next((log for log in remote.logs(known) if log.entries[0].digest == here[0].digest), None)
+    return None
 
 
 def _plan(pulling: _Pulling, name: str, log: RemoteLog | None) -> Bringing:
@@ -176,7 +189,7 @@ def _settled(pulling: _Pulling, log: RemoteLog, here: list[Entry], found: Compar
     if not found.ahead:
         return found.there, notes
     ahead = {entry.digest for entry in found.ahead}
-    if ahead <= replaced_by(log.entries):
+    if ahead <= set_aside([*here, *found.there]):
         return found.there, [f"{name} was rebased at {label}: its log here is now the one there"]
     if pulling.options.rebase:
         return rebase_here(pulling.home, here, log, label, dry_run=pulling.options.dry_run)

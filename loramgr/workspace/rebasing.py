@@ -1,21 +1,30 @@
-"""Makes log entries anew after those of another branch, so that both sides of a fork are in one log.
+"""Puts the branches of a forked log into one: what the others say is copied to the end of one of them.
 
-A `rebase` entry comes first and says which entries it replaces. The others say what those said, at the time and by the
-author that they had; only version numbers that were given away meanwhile become others.
+The law that a rebase keeps:
+
+* The result says every original of every branch once (see `loramgr.forks`): by the original itself, by a copy of it, or
+  by naming it in a `rebase` entry at the end where it says nothing new, like a tag that stands there already. So its
+  state is that of the branch that stays, and upon it what the others said, in their order; a rebase of a rebased log
+  adds nothing, and however often branches meet, the log grows by what was done, not by how often.
+* It is made of its branches alone: copies have the time and author of their originals, branches follow each other by
+  the first thing they say. Clients that put the same branches together write the same entries with the same digests.
+* Only version numbers change, where they were given away on the branch that stays, and what refers to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loramgr.log import Entry, replaced_by
+from loramgr.digests import canonical_json, digest_bytes
+from loramgr.forks import ends, original, said_by
+from loramgr.log import Entry
 from loramgr.remotes.protocol import RemoteLog
 from loramgr.workspace.arriving import Arrival, take_in
 from loramgr.workspace.branches import Branch
 from loramgr.workspace.home import Home
-from loramgr.workspace.remote_logs import compare
+from loramgr.workspace.remote_logs import chain_to, favourite
 
 __all__ = ["Rebased", "rebase_here", "rebased"]
 
@@ -30,149 +39,185 @@ class Rebased:
     notes: list[str]
 
 
-def rebased(there: Sequence[Entry], own: Sequence[Entry], remote: str) -> Rebased:
-    """Return the log that `there` is, with the entries of `own`, a branch or a log of its own, made anew at its end.
+def rebased(there: Sequence[Entry], others: Sequence[Sequence[Entry]], remote: str) -> Rebased:
+    """Return the log that `there` is, with what other branches, or logs of their own, say beside it at its end.
 
-    A version that is there already is not published twice, and entries that those there replace are not made again.
-    `remote` is what the other side is called in the notes.
+    Each is given whole. A version that is there already is not published twice. `remote` is what the other side is
+    called in the notes.
     """
-    settled = replaced_by(there)
-    left = [entry for entry in own if entry.digest not in settled]
-    if not left:
-        return Rebased([*there], [])
-    branch = Branch([*there])
-    replaces = [*dict.fromkeys([*(entry.digest for entry in own), *sorted(replaced_by(own))])]
-    branch.append(replace(left[-1], kind="rebase"), {"replaces": replaces})
-    numbers = _numbers_there(branch, own)
-    gone = {entry.content["number"] for entry in own if entry.kind == "publish" and entry.digest in settled}
-    remaking = _Remaking(branch, remote, numbers, {number: numbers.get(number, _NOWHERE) for number in gone})
-    for entry in left:
-        remaking.take(entry)
-    return Rebased(branch.entries, remaking.notes)
-
-
-def _numbers_there(branch: Branch, own: Sequence[Entry]) -> dict[int, int]:
-    """Return the numbers in the branch of those versions of ours that it has."""
-    numbers = {branch.versions[number]: number for number in sorted(branch.live)}
-    published = [entry.content for entry in own if entry.kind == "publish"]
-    return {each["number"]: numbers[each["version"]] for each in published if each["version"] in numbers}
+    known = {entry.digest for entry in there}
+    left = [[entry for entry in other if entry.digest not in known] for other in others]
+    remaking = _Remaking(Branch([*there]), remote)
+    for branch in sorted(filter(None, left), key=lambda entries: (entries[0].time, original(entries[0]))):
+        remaking.take(branch)
+    remaking.settle()
+    entries = remaking.branch.entries
+    rivals = [other[-1] for other in others if entries[-1].digest not in ends([*entries, *other])]
+    if rivals:
+        remaking.outdo(rivals)
+    return Rebased(entries, remaking.notes)
 
 
 def rebase_here(
     home: Home, here: list[Entry], log: RemoteLog, label: str, *, dry_run: bool
 ) -> tuple[list[Entry], list[str]]:
-    """Make the entries that a remote lacks anew after those that it has, and return the new log, and notes on it.
+    """Put what is here and every branch that a remote has into one, and return the new log, and notes on it.
 
-    Every branch there comes to be in it. The log here is replaced by it in one transaction, but for a dry run.
+    The branch there that all clients favour stays, with what was added here to its end. The log here is replaced by
+    the new one in one transaction, but for a dry run.
     """
-    entries, notes = here, list[str]()
-    while (found := compare(entries, log)).state in ("diverged", "forked", "behind"):
-        if found.ahead:
-            made = rebased(found.there, found.ahead, label)
-            entries, notes = made.entries, [*notes, *made.notes]
-        else:
-            entries = found.there
+    branches = [chain_to(log, head) for head in log.heads]
+    there = favourite(branches)
+    stays = here if here[: len(there)] == there else there
+    made = rebased(stays, [branch for branch in [*branches, here] if branch is not stays], label)
     if not dry_run:
-        take_in(home, [Arrival(entries, here)], label)
-    return entries, notes
+        take_in(home, [Arrival(made.entries, here)], label)
+    return made.entries, made.notes
 
 
 class _Remaking:
-    """Takes entries one by one and appends what they say to a branch; `notes` are for a person."""
+    """Takes the other branches one by one and copies what they say to the end of one; `notes` are for a person."""
 
-    def __init__(self, branch: Branch, remote: str, there: dict[int, int], numbers: dict[int, int]) -> None:
+    def __init__(self, branch: Branch, remote: str) -> None:
         self.notes: list[str] = []
-        self._branch = branch
+        self.branch = branch
         self._remote = remote
-        self._there = there
-        self._numbers = numbers
+        self._numbers: dict[int, int] = {}
         self._refs: dict[tuple[str, str], str] = {}
+        self._idle: dict[str, Entry] = {}  # the originals that said nothing new, by digest
 
-    def take(self, entry: Entry) -> None:
-        """Append what an entry says; nothing where it is said already, or speaks of what is not there."""
-        ways: dict[str, Callable[[Entry], None]] = {
+    def take(self, entries: Sequence[Entry]) -> None:
+        """Append what the entries of a branch say that is not said yet, and speaks of what is there."""
+        self._numbers = {}
+        for entry in entries:
+            if entry.kind == "rebase":
+                self._idle |= dict.fromkeys(said_by(entry), entry)
+            elif self._is_said(original(entry)) or self._is_said(entry.digest):
+                self._follow_number(entry)
+            elif not self._remade(entry):
+                self._idle[original(entry)] = entry
+
+    def settle(self) -> None:
+        """Append an entry that names what was not worth one of its own."""
+        idle = {said: entry for said, entry in self._idle.items() if said not in self.branch.said}
+        if idle:
+            self._append_rebase([*idle], [*idle.values()])
+
+    def outdo(self, heads: Sequence[Entry]) -> None:
+        """Append an entry by which the branch says more than others that say the same, ending in these entries."""
+        self._append_rebase([head.digest for head in heads], heads)
+
+    def _append_rebase(self, replaces: Sequence[str], entries: Sequence[Entry]) -> None:
+        newest = max(entries, key=lambda entry: (entry.time, entry.digest))
+        self.branch.append(replace(newest, kind="rebase"), {"replaces": sorted({*replaces})})
+
+    def _is_said(self, said: str) -> bool:
+        return said in self.branch.said or said in self._idle
+
+    def _remade(self, entry: Entry) -> bool:
+        """Append a copy of an entry, and say whether it has something new to say."""
+        ways = {
             "publish": self._publish,
             "tag": self._tag,
             "untag": self._untag,
-            "label": self._say,
-            "metric": self._say,
+            "label": self._value,
+            "metric": self._value,
             "rename": self._rename,
             "remove": self._remove,
             "restore": self._restore,
         }
-        if entry.kind in ways:  # a rebase says nothing else, and its list is in the new one
-            ways[entry.kind](entry)
+        return ways[entry.kind](entry)
 
-    def _publish(self, entry: Entry) -> None:
+    def _append(self, entry: Entry, changes: dict[str, Any], name: str | None = None) -> bool:
+        self.branch.append(entry, {**entry.content, **changes, "original": original(entry)}, name)
+        return True
+
+    def _publish(self, entry: Entry) -> bool:
         content, number = entry.content, entry.content["number"]
         ref = f"{entry.name}@v{number}"
-        there = self._there.get(number)
+        there = self._same_files(entry)
         if there is not None:
             self._renumber(entry, there)
             self.notes += [] if there == number else [f"{ref} is v{there} at {self._remote}: the same files"]
-            for extra in _said_by(entry):
-                self.take(extra)
-            return
-        given = max(number, self._branch.next_number)
+            self.take_extras(entry)
+            return False
+        given = max(number, self.branch.next_number)
         self._renumber(entry, given)
         if given != number:
             self.notes.append(f"{ref} is v{given} now: its number was given away at {self._remote}")
         parents = [self._parent(parent) for parent in content["parents"]]
-        self._branch.append(entry, {**content, "number": given, "parents": parents})
+        return self._append(entry, {"number": given, "parents": parents})
+
+    def take_extras(self, publication: Entry) -> None:
+        """Append what a publication says beside the version itself."""
+        for entry in _said_beside(publication):
+            if not self._is_said(original(entry)) and not self._remade(entry):
+                self._idle[original(entry)] = entry
+
+    def _same_files(self, entry: Entry) -> int | None:
+        """Return the number of a version that lives in the branch and has the same digest, None for none."""
+        versions, version = self.branch.versions, entry.content["version"]
+        return max((number for number in self.branch.live if versions[number] == version), default=None)
+
+    def _follow_number(self, entry: Entry) -> None:
+        """Note which number a version has in the branch that was published there or was not worth it."""
+        if entry.kind == "publish":
+            there = self.branch.numbers.get(original(entry), self._same_files(entry))
+            self._renumber(entry, _NOWHERE if there is None else there)
 
     def _renumber(self, entry: Entry, given: int) -> None:
         number = entry.content["number"]
         self._numbers[number] = given
-        self._refs[f"{entry.name}@v{number}", entry.content["version"]] = f"{self._branch.name}@v{given}"
+        if given != _NOWHERE:
+            self._refs[f"{entry.name}@v{number}", entry.content["version"]] = f"{self.branch.name}@v{given}"
 
     def _parent(self, parent: dict[str, Any]) -> dict[str, Any]:
-        ref = self._refs.get((parent["ref"], parent["digest"]), parent["ref"])
-        return {**parent, "ref": ref}
+        return {**parent, "ref": self._refs.get((parent["ref"], parent["digest"]), parent["ref"])}
 
     def _number(self, number: int) -> int | None:
         """Return the number that a version has now, None for one that is not there any more."""
         given = self._numbers.get(number, number)
-        return given if given in self._branch.live else None
+        return given if given in self.branch.live else None
 
-    def _tag(self, entry: Entry) -> None:
+    def _tag(self, entry: Entry) -> bool:
         number = self._number(entry.content["number"])
-        if number is not None and self._branch.tags.get(entry.content["tag"]) != number:
-            self._branch.append(entry, {**entry.content, "number": number})
+        if number is None or self.branch.tags.get(entry.content["tag"]) == number:
+            return False
+        return self._append(entry, {"number": number})
 
-    def _untag(self, entry: Entry) -> None:
-        if entry.content["tag"] in self._branch.tags:
-            self._branch.append(entry, entry.content)
+    def _untag(self, entry: Entry) -> bool:
+        return entry.content["tag"] in self.branch.tags and self._append(entry, {})
 
-    def _say(self, entry: Entry) -> None:
+    def _value(self, entry: Entry) -> bool:
+        key = f"{entry.kind}s"
         number = self._number(entry.content["number"])
-        if number is not None:
-            self._branch.append(entry, {**entry.content, "number": number})
+        if number is None or not (changes := self.branch.changes(entry.kind, number, entry.content[key])):
+            return False
+        return self._append(entry, {"number": number, key: changes})
 
-    def _rename(self, entry: Entry) -> None:
-        name = self._branch.name
-        if name != entry.name:
-            self._branch.append(entry, {"from": name}, entry.name)
+    def _rename(self, entry: Entry) -> bool:
+        return self.branch.name != entry.name and self._append(entry, {"from": self.branch.name}, entry.name)
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: Entry) -> bool:
         numbers = sorted({given for each in entry.content["numbers"] if (given := self._number(each)) is not None})
-        if numbers:
-            whole = {*numbers} == self._branch.live
-            self._branch.append(entry, {**entry.content, "numbers": numbers, "whole": whole})
+        return bool(numbers) and self._append(entry, {"numbers": numbers, "whole": {*numbers} == self.branch.live})
 
-    def _restore(self, entry: Entry) -> None:
-        branch = self._branch
+    def _restore(self, entry: Entry) -> bool:
+        branch = self.branch
         given = {self._numbers.get(number, number) for number in entry.content["numbers"]}
         numbers = sorted(given.intersection(branch.versions).difference(branch.live))
-        if numbers:
-            branch.append(entry, {**entry.content, "numbers": numbers, "whole": not branch.live})
+        return bool(numbers) and self._append(entry, {"numbers": numbers, "whole": not branch.live})
 
 
-def _said_by(entry: Entry) -> Iterator[Entry]:
-    """Yield what a publication says beside the version itself, as entries of their own."""
-    content = entry.content
-    number = content["number"]
-    for tag in content["tags"]:
-        yield replace(entry, kind="tag", content={"tag": tag, "number": number})
-    for kind, key in (("label", "labels"), ("metric", "metrics")):
-        if content[key]:
-            yield replace(entry, kind=kind, content={"number": number, key: content[key]})
+def _said_beside(publication: Entry) -> Iterator[Entry]:
+    """Yield what a publication says beside the version itself, as entries of their own.
+
+    As originals they get digests that are made of the publication's and of what they say, alike for all clients.
+    """
+    content = publication.content
+    said: list[tuple[str, dict[str, Any]]] = [("tag", {"tag": tag}) for tag in content["tags"]]
+    said += [(kind, {key: content[key]}) for kind, key in (("label", "labels"), ("metric", "metrics")) if content[key]]
+    for kind, values in said:
+        named = digest_bytes(canonical_json([original(publication), kind, values]))
+        number = {"number": content["number"]}
+        yield replace(publication, kind=kind, content={**number, **values, "original": named})

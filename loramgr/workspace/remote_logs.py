@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loramgr.catalog.chains import follow
 from loramgr.catalog.reader import Reader
 from loramgr.digests import short
-from loramgr.errors import ConflictError, IntegrityError
-from loramgr.log import Entry, replaced_by
+from loramgr.errors import IntegrityError, RacedError
+from loramgr.forks import ends, set_aside
+from loramgr.log import Entry
 from loramgr.needs import live
 from loramgr.remotes.protocol import KnownEntry, Remote, RemoteLog
 from loramgr.workspace.home import Home
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "chain_to",
     "compare",
+    "favourite",
     "find_log",
     "known_entries",
     "live_there",
@@ -88,10 +89,10 @@ def compare(here: Sequence[Entry], log: RemoteLog | None) -> Comparison:
     """Tell how a log here, first entry to last and empty for none, stands to the one at a remote, None for none."""
     if log is None:
         return Comparison("here", [], [*here], [])
-    settled = {entry.digest for entry in here} | replaced_by(here)
+    settled = {entry.digest for entry in here} | set_aside([*here, *log.entries])
     foreign = [head for head in log.heads if head not in settled]
     chains = [chain_to(log, head) for head in foreign or log.heads]
-    there = _favourite(chains) if foreign else max(chains, key=lambda chain: _common(here, chain))
+    there = favourite(chains) if foreign else max(chains, key=lambda chain: _common(here, chain))
     common = _common(here, there)
     ahead, behind = [*here[common:]], there[common:]
     if not here:
@@ -113,22 +114,21 @@ def live_there(log: RemoteLog | None) -> set[tuple[int, str]]:
     return {(entry.content["number"], entry.content["version"]) for chain in chains for entry in live(chain)}
 
 
-def went_apart(name: str, remote: str, found: Comparison, heads: Sequence[str]) -> ConflictError:
+def went_apart(name: str, remote: str, found: Comparison, heads: Sequence[str]) -> RacedError:
     """Return the error for a log that went on in both places, or in two ways at the remote; it names the heads."""
     there = " and ".join(map(short, heads))
     here = f"here its head is {short(found.ahead[-1].digest)}, " if found.ahead else ""
-    return ConflictError(
+    return RacedError(
         f"the log of adapter {name!r} went on in {'two ways' if found.state == 'forked' else 'both places'}: {here}"
         f"at {remote} {there}",
         f"loramgr push --rebase {name}",
     )
 
 
-def _favourite(chains: Sequence[list[Entry]]) -> list[Entry]:
-    """Return the branch that counts where all clients have to choose the same."""
-    if len(chains) == 1:
-        return chains[0]
-    return follow(entry for chain in chains for entry in chain).logs[0]
+def favourite(chains: Sequence[list[Entry]]) -> list[Entry]:
+    """Return the branch, each given whole, that counts where all clients have to choose the same."""
+    best = ends(entry for chain in chains for entry in chain)[0]
+    return next(chain for chain in chains if chain[-1].digest == best)
 
 
 def chain_to(log: RemoteLog, head: str) -> list[Entry]:

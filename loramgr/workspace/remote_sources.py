@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from loramgr.catalog.query import VersionQuery
 from loramgr.errors import IntegrityError, LoramgrError, NotFoundError
 from loramgr.log import Entry
 from loramgr.records import VersionRecord
-from loramgr.remotes.protocol import Remote
+from loramgr.remotes.protocol import DamagedLogs, Remote
 from loramgr.store.blobs import BlobStore
 from loramgr.workspace.fetching import Wanted, fetch, partial_folder
 from loramgr.workspace.home import Home
@@ -100,8 +101,11 @@ class _Place:
     def _entries(self) -> dict[str, Entry]:
         """The entries there that are not here, or are damaged here."""
         known = known_entries(self.among.home)
-        logs = self._remote.logs(known)
-        return {entry.digest: entry for log in logs for entry in log.entries if known(entry.digest) is None}
+        found: dict[str, Entry] = {}
+        with suppress(DamagedLogs):  # the others may have what is looked for
+            for log in self._remote.logs(known):
+                found |= {entry.digest: entry for entry in log.entries if known(entry.digest) is None}
+        return found
 
 
 def _uncounted(_: int) -> None:

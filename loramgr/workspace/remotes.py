@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from loramgr.catalog.query import VersionQuery
@@ -26,6 +28,11 @@ class Place(NamedTuple):
     label: str
     url: str
 
+    @property
+    def given(self) -> str:
+        """The remote as it is typed in a command."""
+        return shlex.quote(self.label)
+
     def open(self, jobs: int) -> Remote:
         """Open the remote, to use that many connections at once."""
         from loramgr.remotes.opening import open_remote
@@ -33,8 +40,8 @@ class Place(NamedTuple):
         return open_remote(self.url, jobs)
 
 
-def add_remote(home: Home, name: str, url: str) -> RemoteRecord:
-    """Register a remote; the same one once more changes nothing.
+def add_remote(home: Home, name: str, url: str, hint: str | None = None) -> RemoteRecord:
+    """Register a remote; the same one once more changes nothing. `hint` is the way on when the name is taken.
 
     Nothing is asked of the remote. Raises UsageError for an address that is none or has credentials in it, and
     ConflictError when the name belongs to another one.
@@ -46,7 +53,7 @@ def add_remote(home: Home, name: str, url: str) -> RemoteRecord:
         if existing is not None and existing.url != url:
             raise ConflictError(
                 f"the name {name} belongs to another remote, {existing.url}",
-                f"choose another, or loramgr remote remove {name}",
+                hint or f"choose another, or loramgr remote remove {name}",
             )
         if existing is None:
             home.record(writer, "remote", "add", name, {"url": url})
@@ -120,4 +127,6 @@ def _registered(reader: Reader, name: str) -> RemoteRecord | None:
 def _absent(reader: Reader, name: str) -> NotFoundError:
     close = get_close_matches(name, [remote.name for remote in reader.remotes()], n=3)
     hint = f"did you mean {' or '.join(close)}? loramgr remote list shows all" if close else "loramgr remote list"
+    if Path(name).is_dir():
+        hint = f"for the folder of that name, ./{name}"
     return NotFoundError(f"there is no remote {name!r}", hint)

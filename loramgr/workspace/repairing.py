@@ -25,6 +25,8 @@ from loramgr.workspace.verifying import Finding, Findings, Scope, examine
 
 __all__ = ["Source", "open_home", "repair"]
 
+_PASSES = 2  # a log entry that is mended may tell of files that nobody knew of before
+
 
 class Source(NamedTuple):
     """Where a lost file may be had again.
@@ -56,12 +58,17 @@ def repair(home: Home, refs: Sequence[str], scope: Scope, sources: Sequence[Sour
     of `sources`; a damaged one that is nowhere is moved into the quarantine. Rows that differ from complete logs are
     made again from these. Raises ConflictError when writers take too long.
     """
-    findings = examine(home, refs, scope)
-    if not (findings.files or findings.rows):
-        return findings.report()
-    with locked(home.store.root, exclusive=True):
-        done = _mend(home, findings, [*_own_sources(home), *sources])
-    return examine(home, refs, scope).report(done) if done else findings.report()
+    findings, done = examine(home, refs, scope), list[str]()
+    for _ in range(_PASSES):
+        if not (findings.files or findings.rows):
+            break
+        with locked(home.store.root, exclusive=True):
+            mended = _mend(home, findings, [*_own_sources(home), *sources])
+        if not mended:
+            break
+        done += mended
+        findings = examine(home, refs, scope)
+    return findings.report(done)
 
 
 def _mend(home: Home, findings: Findings, sources: Sequence[Source]) -> list[str]:

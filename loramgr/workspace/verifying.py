@@ -16,7 +16,8 @@ from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.reader import Reader
 from loramgr.digests import PREFIX, is_digest
 from loramgr.errors import IntegrityError, LoramgrError, UncheckedError, UsageError
-from loramgr.log import Entry, replaced_by
+from loramgr.forks import set_aside
+from loramgr.log import Entry
 from loramgr.needs import Needs, mentioned, needs_of
 from loramgr.records import BaseRecord, StoreVerification, VersionRecord
 from loramgr.store.blobs import BlobStore
@@ -129,7 +130,7 @@ def _check_logs(home: Home, reader: Reader, findings: Findings) -> tuple[Needs, 
         counted = [entries[digest] for digest in known if digest in entries]
         findings.notes += [
             f"log entry {digest}: of no log in the catalog, left by a killed command or of one that is running"
-            for digest in sorted(entries.keys() - {*known} - replaced_by(counted))
+            for digest in sorted(entries.keys() - {*known} - set_aside(entries.values()))
         ]
     if known is not None and len(counted) == len(known):
         findings.rows += _asked(home, lambda: reader.compare(counted), findings) or []

@@ -322,14 +322,16 @@ class Workspace(Exchange):
 
         `repair` mends what can be mended first, and what is reported is what remains.
         """
-        from loramgr.workspace import repairing, verifying
+        from loramgr.workspace import remote_sources, repairing, verifying
 
         scope = verifying.Scope(quick, sample)
         if not repair:
             return verifying.verify(self._opened, refs, scope)
         home, done = repairing.open_home(self.home, self._jobs, self._progress)
-        report = repairing.repair(home, refs, scope)
-        return replace(report, repaired=[*done, *report.repaired])
+        remotes = remote_sources.RemoteSources(home)
+        report = repairing.repair(home, refs, scope, remotes.sources())
+        remotes.tidy()
+        return replace(report, repaired=[*done, *report.repaired], notes=[*report.notes, *dict.fromkeys(remotes.notes)])
 
     def gc(self, grace: timedelta = DAY, *, dry_run: bool = False) -> GcReport:
         """Take out of the store what no log refers to and is older than the grace, in two steps a grace apart."""

@@ -33,11 +33,9 @@ def read_description(store: KeyStore) -> Description | None:
 
 def revive_description(store: KeyStore) -> list[str]:
     """Say anew what a remote is, where that is lost or damaged, by what is there; a line for what was done."""
-    try:
+    with suppress(IntegrityError):  # a damaged one is written anew
         if read_description(store) is not None or not _has_logs(store):
             return []
-    except IntegrityError:
-        pass
     swapped = any(True for _ in store.list(HEADS)) or store.capabilities().compare_and_swap
     store.delete(DESCRIPTION)
     store.put_if_absent(DESCRIPTION, Description("swapped" if swapped else "branches").encode())

@@ -13,7 +13,7 @@ import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -78,14 +78,12 @@ def fetch(remote: BlobSource, wanted: Wanted, folder: Path, observe: Callable[[i
 
 def _is_finished(path: Path, file: FileRecord) -> bool:
     """Say whether a file that was about to enter the store is there and whole; one that is damaged is taken away."""
-    try:
+    with suppress(FileNotFoundError):  # another process has taken it in meanwhile
         if path.stat().st_mode & stat.S_IWUSR:
             return False
         if digest_file(path) == file.digest:
             return True
         path.unlink()
-    except FileNotFoundError:  # another process has taken it in meanwhile
-        pass
     return False
 
 

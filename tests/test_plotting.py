@@ -92,7 +92,7 @@ def test_what_cannot_be_drawn_is_said_at_once(
 ) -> None:
     with pytest.raises(UsageError, match=r"\.png, \.svg, \.pdf"):
         workspace.diff("./nothing", "./nobody", plot=tmp_path / "a.jpg")
-    with pytest.raises(NotFoundError, match="no such file or folder"):
+    with pytest.raises(NotFoundError, match="no such folder"):
         workspace.inspect("./nothing", plot=tmp_path / "none" / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LoramgrError, match="need matplotlib") as raised:

@@ -25,7 +25,7 @@ from loramgr.workspace.workspace import Workspace
 SOAK = bool(os.environ.get("LORAMGR_SOAK"))
 TIMEOUT = 0.5
 SAMPLE = 6
-LAST = 30  # no push or pull of these tests makes as many requests
+LAST = 40  # no push or pull of these tests makes as many requests
 FOR_GOOD = 1000
 ONCE = [(fault, at, 1) for at in range(1, LAST + 1) for fault in Fault]
 ALWAYS = [(fault, at, FOR_GOOD) for at in (1, 4) for fault in Fault]

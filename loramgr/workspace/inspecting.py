@@ -84,10 +84,10 @@ def inspect_adapter(
     With `spectrum` every delta is measured against the others and, where its base is at hand, against its weight;
     `plot` is a picture file to write, None for none.
     """
+    picture = None if plot is None else Picture(plot)
     told = told_instead(Path(ref)) if is_path(ref) else None
     if told is not None:
         return FileReport(ref, told.kind, told.sentence, [*told.evidence], [*told.unexplained], told.hint)
-    picture = None if plot is None else Picture(plot)
     with open_adapter(home, ref) as (version, adapter, _):
         examination = examine(adapter)
         fit = _fit(home, version, adapter, examination)

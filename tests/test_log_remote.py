@@ -96,7 +96,9 @@ def test_a_damaged_entry_or_manifest_of_an_earlier_try_is_replaced(line: Line, g
         store.put_if_absent(key, garbage)
     store.swaps = swaps
     line.push(LogRemote(store))
-    read_all(LogRemote(store), read(store), line.versions)
+    log = read(store)
+    assert [each.digest for each in log.entries] == [each.digest for each in line.entries]
+    read_all(LogRemote(store), log, line.versions)
 
 
 class LostAnswer(MemoryStore):

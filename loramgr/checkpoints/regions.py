@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from loramgr.checkpoints.direct import PAGE, write_direct
 from loramgr.digests import CHUNK, TensorDigest
 from loramgr.durable import begin_writing
 from loramgr.errors import IntegrityError
@@ -25,12 +26,14 @@ _STEP = 1 << 30  # bytes that one call of the kernel may copy
 class Region:
     """Where the bytes of one tensor go: an open file and the offset of its first byte there.
 
-    It is filled once, from one thread; several regions of a file may be filled at once.
+    `direct` is the same file, open for direct writes; None where there are none. A region is filled once, from one
+    thread; several regions of a file may be filled at once.
     """
 
     spec: TensorSpec
     file: int
     start: int
+    direct: int | None = None
     _sha256: Any = field(default_factory=hashlib.sha256)
     _filled: int = 0
 
@@ -38,11 +41,20 @@ class Region:
         """Write all of the tensor's bytes."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         self._sha256.update(view)
-        at = self.start
-        while view:
-            count = os.pwrite(self.file, view[:_STEP], at)
-            view, at = view[count:], at + count
-        self._done(at)
+        written = range(0) if self.direct is None else write_direct(self.direct, view, self.start)
+        for part in (range(written.start), range(written.stop, len(view))):
+            at = part.start
+            while at < part.stop:
+                at += os.pwrite(self.file, view[at : min(at + _STEP, part.stop)], self.start + at)
+        self._done(self.start + len(view))
+
+    def memory(self, slot: str, size: int) -> memoryview:
+        """Return this thread's own memory for a slot; the "result" lies in its page as the tensor does in the file's.
+
+        That is what direct writes need.
+        """
+        phase = self.start % PAGE if slot == "result" else 0
+        return piece(slot, size + PAGE)[phase : phase + size]
 
     def copy(self, source: FileTensor) -> None:
         """Copy a tensor as it lies in its file, and hash what arrived.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Event
 
+from loramgr.checkpoints.direct import open_direct
 from loramgr.checkpoints.fingerprint import digest_tensor
 from loramgr.checkpoints.journal import Journal
 from loramgr.checkpoints.output import OutputTensor, Shard
@@ -74,7 +75,8 @@ def write_shards(folder: Path, shards: Sequence[Shard], how: Writing) -> dict[st
     """
     finished = {} if how.journal is None else how.journal.begin()
     jobs = max(1, how.jobs)
-    with ThreadPoolExecutor(jobs) as copying, ThreadPoolExecutor(jobs) as making:
+    # one thread more than compute: now and then one waits for the disk
+    with ThreadPoolExecutor(jobs) as copying, ThreadPoolExecutor(jobs + 1) as making:
         pools = _Pools(copying, making, Budget(how.memory), how.progress)
         there = {
             shard.name: tensors
@@ -137,6 +139,7 @@ class _Open:
 
     shard: Shard
     file: int
+    direct: int | None
     futures: list[Future[list[TensorDigest]]] = field(default_factory=list)
 
     @classmethod
@@ -148,10 +151,10 @@ class _Open:
         header = _header(shard)
         (folder / shard.name).unlink(missing_ok=True)
         file = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        opened = cls(shard, file)
         try:
             reserve(file, len(header) + sum(tensor.spec.nbytes for tensor in shard.tensors))
             os.pwrite(file, header, 0)
+            opened = cls(shard, file, open_direct(folder / shard.name))
         except BaseException:
             os.close(file)
             raise
@@ -166,7 +169,7 @@ class _Open:
 
     def _submit(self, pool: ThreadPoolExecutor, placed: Sequence[tuple[OutputTensor, int]], pools: _Pools) -> None:
         def fill() -> list[TensorDigest]:
-            regions = [Region(tensor.spec, self.file, start) for tensor, start in placed]
+            regions = [Region(tensor.spec, self.file, start, self.direct) for tensor, start in placed]
             for (tensor, _), region in zip(placed, regions, strict=True):
                 _fill(tensor, region, pools)
             return [region.digest for region in regions]
@@ -185,7 +188,7 @@ class _Open:
             pools.stop.set()
             self.abandon()
             raise
-        os.close(self.file)
+        self._close()
         return [found[tensor.spec.name] for tensor in self.shard.tensors]
 
     def abandon(self) -> None:
@@ -193,7 +196,12 @@ class _Open:
         for future in self.futures:
             future.cancel()
         wait(self.futures)
+        self._close()
+
+    def _close(self) -> None:
         os.close(self.file)
+        if self.direct is not None:
+            os.close(self.direct)
 
 
 def _fill(tensor: OutputTensor, region: Region, pools: _Pools) -> None:

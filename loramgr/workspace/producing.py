@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from loramgr.adapter import LowRank
 from loramgr.checkpoints.fingerprint import digest_tensor
 from loramgr.checkpoints.output import OutputTensor, Shard
 from loramgr.checkpoints.regions import Region
 from loramgr.checkpoints.residuals import ORIGINAL, ResidualFile
 from loramgr.digests import TensorDigest
 from loramgr.errors import IntegrityError
-from loramgr.memory import Memory, fresh, piece
+from loramgr.memory import Memory, fresh
 from loramgr.tensorfile import Data, FileTensor, TensorSpec
 from loramgr.workspace.computing import Merger
 from loramgr.workspace.home import Home
@@ -23,6 +24,7 @@ from loramgr.workspace.planning import MergePlan, Target
 __all__ = ["Producer"]
 
 _COPIES = 4  # a weight, what is made of it, and what is on its way from one to the other
+_COPIES_OF_SUM = 2  # nothing is on its way: a sum of low-rank deltas goes from tile to tile
 _COPIES_WITH_RESIDUAL = 8
 
 
@@ -42,10 +44,9 @@ class Producer:
 
     def outputs(self, *, reversible: bool = False) -> dict[str, OutputTensor]:
         """Return all tensors of the output, none of them made yet; `reversible` ones take more memory."""
-        copies = _COPIES_WITH_RESIDUAL if reversible else _COPIES
 
         def output(target: Target) -> OutputTensor:
-            memory = 0 if self._is_kernel_copy(target) else copies * target.spec.nbytes
+            memory = self._copies(target, reversible) * target.spec.nbytes
             return OutputTensor(target.spec, lambda region: self._fill(target, region), memory)
 
         return {name: output(target) for name, target in self._plan.targets.items()}
@@ -77,7 +78,7 @@ class Producer:
             region.copy(view)
             self._check(str(target.source), region.digest.sha256, view.spec.nbytes)
             return
-        data, parts = self._produced(target, piece)
+        data, parts = self._produced(target, region.memory)
         region.write(data)
         known = self._plan.base.tensors.get(target.spec.name)
         if parts and known is not None and region.digest != known:
@@ -90,7 +91,7 @@ class Producer:
         data = None if target.source is None else self._read(target.source, memory)
         if data is not None and self._is_copy(target):
             return data, {}
-        stored = None if target.source is None else self._plan.base.checkpoint.tensors[target.source].spec
+        stored = None if target.source is None else self._stored(target.source)
         weight = None
         if data is not None and stored is not None and not target.replaces_shape:
             weight = from_bytes(data, stored)
@@ -109,11 +110,25 @@ class Producer:
             parts = {ORIGINAL: (stored, data)}
         return as_bytes(computed.tensor), parts
 
+    def _copies(self, target: Target, reversible: bool) -> int:
+        """Return how many tensors of the target's size are held while it is made."""
+        if self._is_kernel_copy(target):
+            return 0
+        if reversible:
+            return _COPIES_WITH_RESIDUAL
+        updates = [item.update for item in target.contributions]
+        summed = all(isinstance(each, LowRank) and each.magnitude is each.table is None for each in updates)
+        same = target.source is not None and self._stored(target.source).dtype == target.spec.dtype
+        return _COPIES_OF_SUM if updates and summed and same and self._merger.device == "cpu" else _COPIES
+
+    def _stored(self, name: str) -> TensorSpec:
+        return self._plan.base.checkpoint.tensors[name].spec
+
     def _is_copy(self, target: Target) -> bool:
         """Say whether the tensor is one of the base's as it is."""
         if target.source is None or target.contributions:
             return False
-        return self._plan.base.checkpoint.tensors[target.source].spec.dtype == target.spec.dtype
+        return self._stored(target.source).dtype == target.spec.dtype
 
     def _is_kernel_copy(self, target: Target) -> bool:
         """Say whether the tensor is copied from file to file and never held."""

@@ -27,7 +27,10 @@ from loramgr.workspace.tokenizers import carried_tokenizer
 
 __all__ = ["Stage", "Written", "digest_of_plan", "write_model"]
 
-_MEMORY = 256 << 20  # bytes of tensors in the making; a larger one is made alone
+# Bytes of tensors in the making: a larger one is made alone. Whatever the model's size, the process then stays below
+# 400 MB, of which torch has 250, and three times the largest tensor.
+_MEMORY = 96 << 20
+_MEMORY_OF_LARGEST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +92,10 @@ def write_model(
     def finish(shard: Shard) -> Sequence[str]:
         return kept[shard.name].finish() if shard.name in kept else ()
 
-    journal = Journal(stage.folder, key)
+    largest = max((tensor.spec.nbytes for shard in shards for tensor in shard.tensors), default=0)
+    memory, journal = _MEMORY + _MEMORY_OF_LARGEST * largest, Journal(stage.folder, key)
     with _bar(home, shards) as advance:
-        written.tensors.update(write_shards(stage.folder, made, Writing(home.jobs, _MEMORY, advance, journal, finish)))
+        written.tensors.update(write_shards(stage.folder, made, Writing(home.jobs, memory, advance, journal, finish)))
         written.tensors.update(producer.checked([tensor.spec.name for shard in same for tensor in shard.tensors], home))
     journal.forget()
     written.bytes += sum((stage.folder / shard.name).stat().st_size for shard in made)

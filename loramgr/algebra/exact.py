@@ -103,7 +103,9 @@ class _Merge:
         ]
         self._witness = Witness(weight, terms)
         self._scratch = scratch_for(weight)
-        self._pending: list[tuple[Ball, torch.Tensor, torch.Tensor]] = []
+        self._is_sum = not (self._replaced or self._added or self._decomposed)
+        self._pending: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+        self._waiting = 0
         self._sound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fill(self, result: torch.Tensor, rows: slice) -> None:
@@ -112,11 +114,16 @@ class _Merge:
         first = screen if result.dtype in HALVES else certify
         places = first(ball, result[rows], self._scratch)
         for begin in range(0, places.numel(), _GATHER):
-            chunk = places[begin : begin + _GATHER]
-            row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
-            self._pending.append((ball.at(row, column), row + rows.start, column))
-            if sum(column.numel() for _, _, column in self._pending) >= _GATHER:
+            self._leave(ball, places[begin : begin + _GATHER], rows)
+            if self._waiting >= _GATHER:
                 self.settle(result)
+
+    def _leave(self, ball: Ball, places: torch.Tensor, rows: slice) -> None:
+        """Leave entries of the given rows to `settle`, by their places there; the bound of a sum is the stack's."""
+        value, columns = ball.value, self._weight.shape[1]
+        radius = None if self._is_sum else ball.error().expand_as(value)[places // columns, places % columns]
+        self._pending.append((value.reshape(-1)[places], radius, places + rows.start * columns))
+        self._waiting += places.numel()
 
     def fill_by_kernel(self, result: torch.Tensor) -> bool:
         """Write the whole merged weight into the result, by kernel but for what that leaves open; False for too much.
@@ -138,10 +145,13 @@ class _Merge:
         """Write the entries that the first pass left open so far into the result."""
         if not self._pending:
             return
-        balls, rows, columns = zip(*self._pending, strict=True)
+        values, radii, places = zip(*self._pending, strict=True)
         self._pending.clear()
-        value, radius = torch.cat([ball.value for ball in balls]), torch.cat([ball.radius for ball in balls])
-        self._settle(result, Ball(value, radius, balls[0].relative), torch.cat(rows), torch.cat(columns))
+        self._waiting = 0
+        value, place = torch.cat(values), torch.cat(places)
+        row, column = place // result.shape[1], place % result.shape[1]
+        ball = self._stack.bounded(value, row) if self._is_sum else Ball(value, torch.cat(radii))
+        self._settle(result, ball, row, column)
 
     def _ball(self, rows: slice) -> Ball:
         """Return the merged rows with a bound of their error."""

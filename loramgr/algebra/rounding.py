@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from math import isfinite
+from struct import pack, unpack
 
 import torch
 
@@ -95,11 +95,17 @@ def _near_midpoints(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch
     value = scratch.take("value", result, torch.float32).copy_(ball.value)
     result.copy_(value)
     magnitude = torch.bitwise_and(result.view(torch.int16), 0x7FFF, out=scratch.take("magnitude", result, torch.int16))
-    small, large = torch.stack(magnitude.aminmax()).view(torch.bfloat16).tolist()
+    small, large = (_of_bits(int(bits)) for bits in magnitude.aminmax())
     least = max(float(ball.radius.max()) * 2.0**24, 2.0**-125)
     if not (ball.relative <= 2.0**-32 and small >= 2 * least and isfinite(large)):
         return None
     return _zeros(value.view(torch.int32).add_(0x8008).bitwise_and_(0xFFF0), scratch)
+
+
+def _of_bits(bits: int) -> float:
+    """Return the bfloat16 of these bits."""
+    value: float = unpack("<f", pack("<I", bits << 16))[0]
+    return value
 
 
 def _by_both_ends(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
@@ -138,7 +144,7 @@ def _differing(low: torch.Tensor, high: torch.Tensor, scratch: Scratch) -> torch
     bits = low.view(_BITS[low.dtype]).flatten().bitwise_xor_(high.view(_BITS[low.dtype]).flatten())
     per_word = 8 // bits.element_size()
     words = _lines(bits, per_word, 0).view(torch.int64)
-    hits = _folded(words, torch.bitwise_or, scratch).nonzero()[:, 0]
+    hits = _folded(words, scratch).nonzero()[:, 0]
     if not hits.numel():
         return hits
     line, item = words[:, hits].view(bits.dtype).nonzero().unbind(1)
@@ -149,7 +155,8 @@ def _differing(low: torch.Tensor, high: torch.Tensor, scratch: Scratch) -> torch
 def _zeros(numbers: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """Return the places, in ascending order, where a contiguous tensor of integers from 0 upwards is zero."""
     lines = _lines(numbers.flatten(), 1, 1)
-    hits = (_folded(lines, torch.minimum, scratch) == 0).nonzero()[:, 0]
+    least = torch.amin(lines, dim=0, out=scratch.take("least", lines[0], lines.dtype))
+    hits = (least == 0).nonzero()[:, 0]
     line, item = (lines[:, hits] == 0).nonzero().unbind(1)
     return (line * lines.shape[1] + hits[item]).sort().values
 
@@ -161,11 +168,11 @@ def _lines(items: torch.Tensor, multiple: int, filling: int) -> torch.Tensor:
     return filled.view(1 << _FOLDS, -1)
 
 
-def _folded(lines: torch.Tensor, combine: Callable[..., torch.Tensor], scratch: Scratch) -> torch.Tensor:
-    """Combine 16 lines into one: to look for a value in all items costs more than all of the arithmetic on them."""
+def _folded(lines: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Return 16 lines or-ed into one: to look at every item costs more than all of the arithmetic on it."""
     upper, lower = lines.chunk(2)
-    folded = combine(upper, lower, out=scratch.take("folded", upper, lines.dtype))
+    folded = torch.bitwise_or(upper, lower, out=scratch.take("folded", upper, lines.dtype))
     while folded.shape[0] > 1:
         upper, lower = folded.chunk(2)
-        folded = combine(upper, lower, out=upper)
+        folded = torch.bitwise_or(upper, lower, out=upper)
     return folded[0]

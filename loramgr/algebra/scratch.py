@@ -16,13 +16,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._last: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def take(self, slot: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor of any content, of the shape and on the device of `like`."""
-        held = self._held.get((slot, dtype))
-        if held is None or held.numel() < like.numel():
-            held = self._held[slot, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-        return held[: like.numel()].view(like.shape)
+        key = slot, dtype
+        last = self._last.get(key)
+        if last is None or last.shape != like.shape:  # most tiles are of one shape, and to make a view takes its time
+            held = self._held.get(key)
+            if held is None or held.numel() < like.numel():
+                held = self._held[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+            last = self._last[key] = held[: like.numel()].view(like.shape)
+        return last
 
 
 def scratch_for(weight: torch.Tensor) -> Scratch:

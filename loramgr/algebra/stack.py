@@ -93,7 +93,10 @@ class Stack:
         """Return start + left @ right for the entries (row, column); all (k,), the bound is that of `added`."""
         if self._columns is None:
             self._columns = self._right.T.contiguous()
-        value = start + (self._left[row] * self._columns[column]).sum(dim=1)
+        return self.bounded(start + (self._left[row] * self._columns[column]).sum(dim=1), row)
+
+    def bounded(self, value: torch.Tensor, row: torch.Tensor) -> Ball:
+        """Return entries of what `added` gave, or what was added up in any other order, with its bound; all (k,)."""
         return Ball(value, self._radius[row, 0], self._relative)
 
     def single(self) -> SingleStack:

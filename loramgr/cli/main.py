@@ -93,4 +93,6 @@ def main() -> None:
     """Run the command line of this process and exit with its code."""
     # torch reads it when it is loaded. Its tensors of some MiB come and go: in small pages a third of a merge's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # numpy, which torch brings, starts threads that wait busily for work that it is never given here
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(run(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -26,8 +27,9 @@ def loading_torch() -> Iterator[None]:
     with _interrupts_wait() as let_go:
 
         def load() -> None:
-            interval = sys.getswitchinterval()
+            interval, collecting = sys.getswitchinterval(), gc.isenabled()
             sys.setswitchinterval(_PATIENCE)
+            gc.disable()  # a seventh of the time goes into looking for garbage, where modules leave none
             try:
                 import torch
 
@@ -35,6 +37,8 @@ def loading_torch() -> Iterator[None]:
                 torch.set_num_threads(1)
             finally:
                 sys.setswitchinterval(interval)
+                if collecting:
+                    gc.enable()
                 let_go()
 
         thread = Thread(target=load, name="loading torch")

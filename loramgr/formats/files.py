@@ -12,6 +12,7 @@ from loramgr.formats.configuration import Fields, load_configuration
 from loramgr.formats.folder import (
     CONFIGURATION,
     MLX_WEIGHTS,
+    NO_WEIGHTS,
     WEIGHTS,
     candidates,
     is_present,
@@ -142,7 +143,7 @@ def _counting(folder: Path, found: Iterable[str]) -> Path:
         return folder / names[0]
     others = [*found]
     if not others:
-        raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}")
+        raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}", NO_WEIGHTS)
     return _only(folder, others)
 
 

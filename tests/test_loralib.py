@@ -122,6 +122,22 @@ def test_what_makes_no_sense(tmp_path: Path, tensors: dict[str, tuple[int, ...]]
         read_adapter(tmp_path / "x.bin", ReadHints(alpha=2.0))
 
 
+def test_slices_are_measured_without_a_base_and_not_compared(tmp_path: Path) -> None:
+    model = live_model()
+    _, path = saved(model, tmp_path / "files", ["fused"], wrapped=False)
+    workspace = Workspace(tmp_path / "home", hints=ReadHints(6.0))
+    report = workspace.inspect(str(path), spectrum=True)
+    assert isinstance(report, InspectReport)
+    before = model["fused"].weight.detach().clone()
+    model.train(False)  # which merges its layers
+    values = torch.linalg.svdvals(model["fused"].weight.detach() - before)
+    (module,) = report.modules
+    assert module.delta_norm == pytest.approx(float(values.norm()))
+    assert module.spectrum == pytest.approx(values[:4].tolist())
+    with pytest.raises(IncompatibleError, match=r"fused.lora_A: which slices of the fused weight"):
+        workspace.diff(str(path), str(path))
+
+
 def test_without_alpha_it_is_looked_at_and_not_added(tmp_path: Path) -> None:
     _, path = saved(live_model(), tmp_path / "files", ["plain"], wrapped=False)
     report = Workspace(tmp_path / "home").inspect(str(path), spectrum=True)

@@ -49,7 +49,7 @@ class Delta:
             return None
         slices = lora_A.shape[0] // lora_B.shape[1]
         if slices > 1:  # of a fused weight (loralib's MergedLinear): each of its own rows of lora_A, wherever it lies
-            lora_B = torch.block_diag(*lora_B.chunk(slices))
+            lora_B = torch.block_diag(*lora_B.chunk(slices))  # type: ignore[no-untyped-call]  # torch has no type of it
         values = singular_values(lora_A, lora_B, update.scaling)
         if not bool(values.isfinite().all()):
             return None

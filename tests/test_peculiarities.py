@@ -162,3 +162,10 @@ def test_a_pipe_is_not_waited_for_and_a_path_told_once(workspace: Workspace, tmp
     assert told(workspace, tmp_path / "pipe.safetensors").kind == "special-file"
     torch.save([1], tmp_path / "list.bin")
     assert told(workspace, tmp_path / "list.bin").what.endswith("read: holds a list, not a dictionary of tensors")
+
+
+def test_a_damaged_header_is_not_taken_for_a_pickle(workspace: Workspace, tmp_path: Path) -> None:
+    header = b"s" + b" " * 0x27F  # its length begins as a pickle does
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(IntegrityError, match="safetensors header is not valid JSON"):
+        workspace.inspect(str(tmp_path / "x.safetensors"))

@@ -96,6 +96,9 @@ class AdapterFiles:
     @property
     def _is_pickle(self) -> bool:
         """Whether the file is a pickle: by its first bytes, or where they say nothing by its name."""
+        is_length = self.head[4:8] == bytes(4)  # of a safetensors header, whose first brace may be damaged
+        if self.head.startswith(b"\x80") and is_length:
+            return False
         if self.head.startswith((b"PK\x03\x04", b"\x80")) and self.head[8:9] != b"{":
             return True
         return self.weights.suffix in _PICKLES and self.head[8:9] != b"{"

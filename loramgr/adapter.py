@@ -102,7 +102,8 @@ class Adapter:
     the format's own names and layouts into a base's, None where they are the base's already; `hints` is what a person
     had to say so that it could be read (alpha), as JSON; `dialect` and `evidence` say how the format was recognised;
     `obstacle` is why the adapter cannot be merged, a clause that names the method, None where it can; `base_file` is
-    the hash of the base's file, None where the format keeps none.
+    the hash of the base's file, None where the format keeps none; with `is_unscaled` nobody said the scaling, and what
+    the updates say of it means nothing (there is an obstacle then).
     """
 
     format: str
@@ -124,6 +125,7 @@ class Adapter:
     dialect: str | None = None
     evidence: tuple[str, ...] = ()
     base_file: FileHash | None = None
+    is_unscaled: bool = False
 
     def resolved(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any] | None) -> Adapter:
         """Return the adapter with the names and layouts of a base, itself where it has them already.

@@ -42,6 +42,7 @@ _UNREADABLE = (
     RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError,
     MemoryError, struct.error,
 )  # fmt: skip
+_SAVE = "save the adapter's tensors alone, by their names, best as safetensors"
 _WRAPPERS = ("model_state_dict", "state_dict")
 _BESIDE = frozenset({"epoch", "step", "global_step", "iteration", "iter"})
 
@@ -68,7 +69,7 @@ def read_pickle(path: Path, *, unwrap: bool = False) -> dict[str, MemoryTensor]:
             warnings.simplefilter("ignore")  # torch warns of pickle protocols before it refuses them
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
-        raise _refusal(path, error) from error
+        raise _refusal(path, head, error) from error
     except _UNREADABLE as error:
         raise IntegrityError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error
     return _tensors(path, _unwrapped(path, content) if unwrap else content)
@@ -84,11 +85,12 @@ def _unwrapped(path: Path, content: Any) -> Any:
     return content[wrapper]
 
 
-def _refusal(path: Path, error: Exception) -> IncompatibleError | IntegrityError:
+def _refusal(path: Path, head: bytes, error: Exception) -> IncompatibleError | IntegrityError:
     """Tell a pickle that asks for code from one that is no pickle; torch has one exception for both."""
     unsafe = ("Unsupported global", "Unsupported class", "Unsupported operand", "not allowed", "Trying to")
     text = str(error)
-    if any(phrase in text for phrase in unsafe):
+    is_pickle = head.startswith((b"PK", b"\x80"))  # every protocol that torch.save writes begins so
+    if is_pickle and any(phrase in text for phrase in unsafe):
         return IncompatibleError(
             f"{path}: the pickle holds more than tensors, or code to be run, and loramgr runs none: {_asked_for(text)}",
             "save it as safetensors where you trust it",
@@ -111,11 +113,11 @@ def _tensors(path: Path, content: Any) -> dict[str, MemoryTensor]:
     from loramgr.tensors import dtype_name
 
     if not isinstance(content, dict):
-        raise IncompatibleError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+        raise IncompatibleError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors", _SAVE)
     tensors = {}
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
-            raise IncompatibleError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+            raise IncompatibleError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor", _SAVE)
         tensors[name] = MemoryTensor(TensorSpec(name, dtype_name(value.dtype), tuple(value.shape)), value)
     return tensors
 

@@ -165,10 +165,14 @@ class RecomposeReport:
 
 @dataclass(frozen=True)
 class Addition:
-    """What came of adding several adapters: the versions in their order, and the error of each path that failed."""
+    """What came of adding several adapters: the versions in their order, and the error of each path that failed.
+
+    `skipped` are the files that are no adapters, each with what it is instead.
+    """
 
     added: list[AddedVersion]
     failed: dict[str, LoramgrError]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise an error of the first failure's kind that tells all of them, when there are any."""

@@ -178,6 +178,7 @@ class Orthogonal:
     `vectors` is (blocks, b(b-1)/2): the strict upper triangles, row by row, of skew-symmetric matrices Q. R is (I -
     Q)(I + Q)⁻¹, or with `terms` the first of its Neumann series I + 2Q + 2Q² + …. The inputs of W are its second
     dimension with the kernel behind it; a `repeated` block is every one along them. `fan_in_fan_out` as in `LowRank`.
+    `is_embedding` says that the file keeps it as that of an embedding, of which W is (vocabulary, dim).
     """
 
     vectors: TensorView
@@ -185,6 +186,7 @@ class Orthogonal:
     terms: int | None = None
     fan_in_fan_out: bool = False
     repeated: bool = False
+    is_embedding: bool = False
 
     def views(self) -> Iterator[TensorView]:
         """Yield the tensors that the update is made of."""

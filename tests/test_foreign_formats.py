@@ -175,3 +175,24 @@ def test_a_plain_layer_is_low_rank(tmp_path: Path) -> None:
     assert isinstance(update, LowRank)
     assert torch.equal(update.lora_A.load(), lora_A)
     assert torch.equal(update.lora_B.load(), lora_B)
+
+
+@pytest.mark.parametrize("format", ["gguf", "torchtune"])
+def test_names_that_mean_nothing_without_a_base_are_not_combined(tmp_path: Path, format: str) -> None:
+    workspace, options = Workspace(tmp_path / "home"), AddOptions(name="there", alpha=6.0)
+    workspace.add(WRITERS[format](tmp_path / "adapter"), options)
+    workspace.add(write_mlx_folder(tmp_path / "other"), AddOptions(name="plain"))
+    for refs in (["there", "there"], ["plain", "there"]):
+        with pytest.raises(
+            IncompatibleError, match=r"there@v1 cannot be combined: its modules have the names"
+        ) as caught:
+            workspace.compose([(ref, 0.5) for ref in refs], "both")
+        assert caught.value.hint == "loramgr bind there@v1 BASE"
+    with pytest.raises(IncompatibleError, match="no module in common") as caught:
+        workspace.diff("plain", "there")
+    assert "bind" in str(caught.value.hint)
+    workspace.base_add(base(tmp_path / "model"), "tiny")
+    for name in ("there", "plain"):
+        workspace.bind(name, "tiny")
+    workspace.compose([("plain", 0.5), ("there", 0.5)], "both")
+    assert workspace.diff("both", "plain").summary.relative_distance < 1e-6

@@ -14,7 +14,7 @@ def make(root: Path, *folders: str) -> None:
 
 
 def found(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in find_adapters(root)]
+    return [path.relative_to(root).as_posix() for path in find_adapters(root).adapters]
 
 
 def test_folders_are_sorted_and_checkpoints_counted(tmp_path: Path) -> None:

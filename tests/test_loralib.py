@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loramgr import AddOptions, IncompatibleError, ReadHints, UsageError, Workspace
+from loramgr import AddOptions, IncompatibleError, InspectReport, ReadHints, UsageError, Workspace
 from loramgr.adapter import LowRank, Replacement
 from loramgr.formats import read_adapter
 
@@ -120,3 +120,42 @@ def test_what_makes_no_sense(tmp_path: Path, tensors: dict[str, tuple[int, ...]]
     torch.save({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "x.bin")
     with pytest.raises(IncompatibleError, match=message):
         read_adapter(tmp_path / "x.bin", ReadHints(alpha=2.0))
+
+
+def test_slices_are_measured_without_a_base_and_not_compared(tmp_path: Path) -> None:
+    model = live_model()
+    _, path = saved(model, tmp_path / "files", ["fused"], wrapped=False)
+    workspace = Workspace(tmp_path / "home", hints=ReadHints(6.0))
+    report = workspace.inspect(str(path), spectrum=True)
+    assert isinstance(report, InspectReport)
+    before = model["fused"].weight.detach().clone()
+    model.train(False)  # which merges its layers
+    values = torch.linalg.svdvals(model["fused"].weight.detach() - before)
+    (module,) = report.modules
+    assert module.delta_norm == pytest.approx(float(values.norm()))
+    assert module.spectrum == pytest.approx(values[:4].tolist())
+    with pytest.raises(IncompatibleError, match=r"fused.lora_A: which slices of the fused weight"):
+        workspace.diff(str(path), str(path))
+
+
+def test_without_alpha_it_is_looked_at_and_not_added(tmp_path: Path) -> None:
+    _, path = saved(live_model(), tmp_path / "files", ["plain"], wrapped=False)
+    report = Workspace(tmp_path / "home").inspect(str(path), spectrum=True)
+    assert isinstance(report, InspectReport)
+    assert (report.format, report.method, report.rank, report.alpha, report.scaling) == (
+        "loralib",
+        "lora",
+        2,
+        None,
+        None,
+    )
+    assert "--alpha N" in report.warnings[0]
+    assert (report.mergeable, report.evidence) == (False, [*report.evidence])
+    (module,) = (each for each in report.modules if each.rank)
+    assert (module.alpha, module.scaling, module.delta_norm, module.spectrum) == (None, None, None, None)
+    assert (module.in_features, module.out_features) == (8, 6)
+    known = Workspace(tmp_path / "home", hints=ReadHints(6.0)).inspect(str(path))
+    assert isinstance(known, InspectReport)
+    assert {each.scaling for each in known.modules if each.rank} == {3.0}
+    with pytest.raises(UsageError, match="does not store alpha"):
+        Workspace(tmp_path / "home").add(path)

@@ -271,3 +271,53 @@ def test_a_live_model_takes_every_method(tmp_path: Path) -> None:
         assert all(torch.equal(base.state_dict()[key], fresh[key]) for key in fresh), name
         live.unmerge()
         assert all(torch.equal(base.state_dict()[key], before[key]) for key in before), name
+
+
+def test_a_type_that_nobody_knows_is_kept_whole(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.q.places": torch.arange(6), "base_model.model.q.mask": torch.ones(3, dtype=torch.bool),
+        "base_model.model.q.scale": torch.ones(4).to(torch.float8_e4m3fn), "step": torch.tensor(3),
+    }  # fmt: skip
+    for suffix, save in (("safetensors", save_file), ("bin", torch.save)):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"peft_type": "LATER", "r": 2, "task_type": 7}')
+        save(tensors, folder / f"adapter_model.{suffix}")
+        workspace = Workspace(tmp_path / "home")
+        added = workspace.add(folder)
+        assert (added.method, added.rank, added.parameters) == ("later", 2, 14)
+        report = workspace.inspect(added.name)
+        assert {each.name: each.dtype for each in report.modules} == {
+            "base_model.model.q.places": "I64", "base_model.model.q.mask": "BOOL",
+            "base_model.model.q.scale": "F8_E4M3", "step": "I64",
+        }  # fmt: skip
+        assert workspace.diff(added.name, str(folder)).summary.same == 4
+        workspace.export(added.name, tmp_path / f"out-{suffix}")
+        name = f"adapter_model.{suffix}"
+        assert (tmp_path / f"out-{suffix}" / name).read_bytes() == (folder / name).read_bytes()
+        with pytest.raises(IncompatibleError, match="LATER is a method whose effect"):
+            workspace.resize(added.name, ResizeOptions(rank=1))
+        with pytest.raises(IncompatibleError, match="LATER is a method whose effect"):
+            workspace.export(added.name, tmp_path / "kohya", format="kohya")
+
+
+@pytest.mark.parametrize("name", ["ia3", "loha-tucker", "lokr", "boft", "oft-embedding", "dora"])
+def test_kinds_without_a_base(name: str, tmp_path: Path) -> None:
+    import peft
+
+    layers = ["lin", "conv"]
+    configs: dict[str, Any] = {
+        "ia3": peft.IA3Config(target_modules=layers, feedforward_modules=["conv"]),
+        "loha-tucker": peft.LoHaConfig(r=2, target_modules=layers, use_effective_conv2d=True),
+        "lokr": peft.LoKrConfig(r=2, target_modules=layers),
+        "boft": peft.BOFTConfig(target_modules=layers, boft_block_size=2),
+        "oft-embedding": peft.OFTConfig(target_modules=["lin", "emb"], oft_block_size=2),
+        "dora": peft.LoraConfig(r=2, lora_alpha=5, target_modules=layers, use_dora=True),
+    }
+    trained(configs[name])[1].save_pretrained(tmp_path / "adapter")
+    modules = {each.name: each for each in Workspace(tmp_path / "home").inspect(str(tmp_path / "adapter")).modules}
+    other, kind = ("emb", "embedding") if name == "oft-embedding" else ("conv", "conv2d")
+    assert (modules["lin"].kind, modules[other].kind) == ("linear", kind)
+    if name == "dora":
+        assert (modules["conv"].rank, modules["conv"].alpha, modules["conv"].scaling) == (2, 5.0, 2.5)
+        assert modules["conv"].delta_norm is not None

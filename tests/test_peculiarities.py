@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_files import write_mlx_folder
+from peft_files import write_adapter
 
-from loramgr import FileReport, InspectReport, IntegrityError, NotFoundError, Workspace
+from loramgr import FileReport, IncompatibleError, InspectReport, IntegrityError, NotFoundError, Workspace
 from loramgr.tensorfile import TensorSpec, encode_header
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
@@ -63,6 +65,8 @@ def test_pickles(workspace: Workspace, tmp_path: Path) -> None:
     layer = torch.nn.Linear(2, 2)
     torch.save(torch.optim.Adam(layer.parameters()).state_dict(), tmp_path / "state.bin")
     assert told(workspace, tmp_path / "state.bin").kind == "optimizer-state"
+    with pytest.raises(IncompatibleError, match=r"state.bin: not an adapter, but the state of an optimizer$"):
+        workspace.add(tmp_path / "state.bin")
     torch.save({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "model.bin")
     assert told(workspace, tmp_path / "model.bin").kind == "base-model"
     torch.save({"a": [1]}, tmp_path / "other.bin")
@@ -119,3 +123,49 @@ def test_a_large_file_takes_milliseconds_and_no_torch(tmp_path: Path) -> None:
     kind, has_torch, taken = json.loads(done.stdout)
     assert (kind, has_torch) == ("base-model", False)
     assert taken < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "hint"),
+    [
+        ("x.zip", b"PK\x03\x04" + bytes(40), IncompatibleError, "unpack it"),
+        ("x.safetensors", b"\x89PNG" + bytes(40), IncompatibleError, "name the folder"),
+        ("tokenizer.json", b'{"version": "1.0"}', IncompatibleError, "name the folder"),
+        ("optimizer.pt", b"\x80\x02param_groups", IncompatibleError, "name the folder"),
+        ("x.pt", POINTER, IncompatibleError, "git lfs pull"),
+        ("x.bin", b"", IntegrityError, "again"),
+    ],
+)
+def test_what_is_no_adapter_is_added_by_nobody(
+    workspace: Workspace, tmp_path: Path, name: str, data: bytes, error: type[Exception], hint: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    what = told(workspace, tmp_path / name).what
+    with pytest.raises(error, match=f"{name}: not an adapter, but {what}$") as caught:
+        workspace.add(tmp_path / name)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(("data", "kind"), [(POINTER, "git-lfs-pointer"), (b"", "empty")])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_folder_says_which_of_its_files_is_none(
+    workspace: Workspace, tmp_path: Path, name: str, data: bytes, kind: str
+) -> None:
+    (write_adapter(tmp_path / "a") / name).write_bytes(data)
+    report = told(workspace, tmp_path / "a")
+    assert (report.kind, report.what.split(" is ")[0]) == (kind, f"a folder whose {name}")
+    assert report.hint in ("git lfs pull", "download or save it again")
+
+
+def test_a_pipe_is_not_waited_for_and_a_path_told_once(workspace: Workspace, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert told(workspace, tmp_path / "pipe.safetensors").kind == "special-file"
+    torch.save([1], tmp_path / "list.bin")
+    assert told(workspace, tmp_path / "list.bin").what.endswith("read: holds a list, not a dictionary of tensors")
+
+
+def test_a_damaged_header_is_not_taken_for_a_pickle(workspace: Workspace, tmp_path: Path) -> None:
+    header = b"s" + b" " * 0x27F  # its length begins as a pickle does
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(IntegrityError, match="safetensors header is not valid JSON"):
+        workspace.inspect(str(tmp_path / "x.safetensors"))

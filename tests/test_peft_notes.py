@@ -15,6 +15,8 @@ LAYER = {"m.layers.1.q.lora_A.weight": (2, 4), "m.layers.1.q.lora_B.weight": (6,
     [
         (PLAIN, {"target_modules": ["q", "v", "v", "m.q"]}, ["the target module 'v'"]),
         (PLAIN, {"target_modules": ["uq", "proj"]}, ["the target module 'uq'", "the target module 'proj'"]),
+        (PLAIN, {"target_modules": ["q", "m.head", "n.head"], "exclude_modules": ["head"]}, []),
+        (PLAIN, {"target_modules": ["q", "head", "v"], "exclude_modules": "h.*"}, ["the target module 'v'"]),
         (PLAIN, {"target_modules": "all-linear"}, []),
         (PLAIN, {"target_modules": r".*\.q"}, []),
         (PLAIN, {"target_modules": "q"}, ["the target modules 'q'"]),

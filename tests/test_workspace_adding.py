@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from model_files import write_safetensors
-from peft_files import write_adapter
+from peft_files import write_adapter, write_weights
 
 from loramgr import (
     AddOptions,
@@ -73,7 +73,7 @@ def test_all_are_added_and_the_checkpoints_of_a_run_are_versions_in_its_order(wo
 def test_together_they_are_what_they_are_alone(workspace: Workspace, runs: Path, tmp_path: Path) -> None:
     alone = Workspace(tmp_path / "other")
     for each in workspace.add_all(runs).added:
-        folder = next(path for path in adding.find_adapters(runs) if json.loads(
+        folder = next(path for path in adding.find_adapters(runs).adapters if json.loads(
             (path / "adapter_config.json").read_text())["lora_alpha"] == each.alpha)  # fmt: skip
         record = alone.add(folder)
         assert to_json(record) | {"created_at": None} == to_json(each) | {"created_at": None}
@@ -118,7 +118,7 @@ def test_names_that_would_be_shared_tell_the_folders_between(workspace: Workspac
         write_adapter(tmp_path / "all" / name, lora_alpha=at)
     added = workspace.add_all(tmp_path / "all").added
     assert [(each.name, each.version) for each in added] == [("m-lic", 1), ("n-lic", 1), ("n-lic", 2), ("py", 1)]
-    assert "called m-lic, for another folder is called lic as well" in added[0].warnings[0]
+    assert "called m-lic, for another one is called lic as well" in added[0].warnings[0]
 
 
 def test_names_that_are_the_same_all_the_same_are_refused(workspace: Workspace, tmp_path: Path) -> None:
@@ -232,3 +232,18 @@ def test_an_adapter_is_one_unless_all_are_asked_for(runs: Path, capsys: pytest.C
     shutil.rmtree(runs / "sql")
     assert line("-q", "add", runs) == 0
     assert capsys.readouterr().out == "b@v1\nc@v1\n"
+
+
+def test_files_side_by_side_are_adapters_by_themselves(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    (folder / "alone").mkdir(parents=True)
+    for name, rank in (("sharp", 2), ("soft-000010", 3), ("alone/x", 4)):
+        shapes = {"lora_unet_q.lora_down.weight": (rank, 4), "lora_unet_q.lora_up.weight": (6, rank)}
+        write_weights(folder / f"{name}.safetensors", {f"!{key}": shape for key, shape in shapes.items()})
+    write_weights(folder / "model.safetensors", {"!model.embed_tokens.weight": (2, 2)})
+    (folder / "torn.gguf").write_bytes(b"GGUF\3\0")
+    assert workspace.holds_several(folder)
+    addition = workspace.add_all(folder)
+    assert [(each.name, each.rank) for each in addition.added] == [("alone", 4), ("sharp", 2), ("soft-000010", 3)]
+    assert addition.skipped == {str(folder / "model.safetensors"): "weights of a model, whole or a shard"}
+    assert {Path(path).name: error.exit_code for path, error in addition.failed.items()} == {"torn.gguf": 5}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from loramgr.adapter import Adapter, Experts, LowRank, Replacement, Rows, Scale, Shift, Update, whole_tensor
+from loramgr.adapter import Adapter, Experts, LowRank, Orthogonal, Replacement, Rows, Scale, Shift, Update, whole_tensor
 from loramgr.checkpoints.families import (
     TASKS_WITHOUT_VOCABULARY_HEAD,
     TieGroup,
@@ -210,12 +210,21 @@ def _kind(update: Update, spec: TensorSpec, layouts: Layouts) -> tuple[BoundKind
     if isinstance(update, LowRank) and update.kind == "embedding":
         return "embedding", True
     if len(spec.shape) != 2:
-        return "bias" if spec.name.endswith(".bias") else "vector" if len(spec.shape) < 2 else "conv2d", False
-    if is_input_embedding(spec.name) and not isinstance(update, LowRank):
+        return _kind_of_other(spec), False
+    is_embedding = isinstance(update, Orthogonal) and update.is_embedding
+    if is_embedding or (is_input_embedding(spec.name) and not isinstance(update, LowRank)):
         return "embedding", False
     layer = layered(update)
     transposed = layer is not None and layouts.is_transposed(layer, spec)
     return "conv1d" if transposed else "linear", transposed
+
+
+def _kind_of_other(spec: TensorSpec) -> BoundKind:
+    """Return what a tensor is that is no matrix: a bias, another vector, or the kernel of a convolution."""
+    if len(spec.shape) < 2:
+        return "bias" if spec.name.endswith(".bias") else "vector"
+    kernels: dict[int, BoundKind] = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
+    return kernels.get(len(spec.shape), "conv2d")
 
 
 def _refuse_unclear(bound: Sequence[BoundUpdate], ties: Sequence[TieGroup]) -> None:

@@ -26,7 +26,7 @@ from loramgr.tensorfile import FLOAT_DTYPES, TensorSpec, TensorView
 
 __all__ = ["BoundKind", "Layouts", "Pair", "check_fits", "is_replaceable", "is_resizable", "refuse_quantized"]
 
-BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "bias", "saved", "tokens", "experts", "vector"]
+BoundKind = Literal["linear", "conv1d", "embedding", "conv2d", "conv3d", "bias", "saved", "tokens", "experts", "vector"]
 
 _TASK_HEADS = frozenset({"classifier", "score", "qa_outputs"})
 _QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", ".scales")

@@ -49,11 +49,12 @@ def add(session: Session, /, path: Path, everything: bool, jobs: int | None, **o
     PATH is the folder or file of an adapter. Its configuration, weights, README and tokenizer are kept; the same
     files and configuration again are the version that is there already.
 
-    Where PATH is a folder and no adapter, or with --all, every adapter at most three folders beneath it is added, by
-    name, the checkpoints of a run by their numbers and its end after them. Each gets the name it would get alone, with
-    the folders above it before that where two would share one; --name makes all of them versions of one adapter, and a
-    tag goes to the last version of a name. An adapter that fails does not stop the others: stderr tells every failure,
-    and the exit code is that of the first. Adding again adds what is missing.
+    Where PATH is a folder and no adapter, or with --all, every adapter in it and at most three folders beneath it is
+    added, by name: the checkpoints of a run by their numbers and its end after them, and each of several weights files
+    by itself; a file that is no adapter is skipped and told. Each gets the name it would get alone, with the folders
+    above it before that where two would share one; --name makes all of them versions of one adapter, and a tag goes to
+    the last version of a name. An adapter that fails does not stop the others: stderr tells every failure, and the exit
+    code is that of the first. Adding again adds what is missing.
     """
     from loramgr.workspace import AddOptions
 
@@ -62,6 +63,8 @@ def add(session: Session, /, path: Path, everything: bool, jobs: int | None, **o
     if everything or workspace.holds_several(path):
         addition = workspace.add_all(path, chosen)
         session.sink.show(addition.added)
+        for skipped, what in addition.skipped.items():
+            session.sink.note(f"skipped: {skipped}: no adapter, but {what}")
         addition.check()
     else:
         session.sink.show(workspace.add(path, chosen))

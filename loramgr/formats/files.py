@@ -12,6 +12,7 @@ from loramgr.formats.configuration import Fields, load_configuration
 from loramgr.formats.folder import (
     CONFIGURATION,
     MLX_WEIGHTS,
+    NO_WEIGHTS,
     WEIGHTS,
     candidates,
     is_present,
@@ -95,6 +96,9 @@ class AdapterFiles:
     @property
     def _is_pickle(self) -> bool:
         """Whether the file is a pickle: by its first bytes, or where they say nothing by its name."""
+        is_length = self.head[4:8] == bytes(4)  # of a safetensors header, whose first brace may be damaged
+        if self.head.startswith(b"\x80") and is_length:
+            return False
         if self.head.startswith((b"PK\x03\x04", b"\x80")) and self.head[8:9] != b"{":
             return True
         return self.weights.suffix in _PICKLES and self.head[8:9] != b"{"
@@ -142,7 +146,7 @@ def _counting(folder: Path, found: Iterable[str]) -> Path:
         return folder / names[0]
     others = [*found]
     if not others:
-        raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}")
+        raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}", NO_WEIGHTS)
     return _only(folder, others)
 
 

@@ -14,6 +14,7 @@ from loramgr.formats.hints import HINTS
 __all__ = [
     "CONFIGURATION",
     "MLX_WEIGHTS",
+    "NO_WEIGHTS",
     "REMAINDER",
     "WEIGHTS",
     "candidates",
@@ -27,6 +28,7 @@ __all__ = [
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first one that is there counts, as in PEFT
 MLX_WEIGHTS = "adapters.safetensors"
+NO_WEIGHTS = "save the adapter again, or download its weights too"
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -45,7 +47,7 @@ def weights_file(folder: Path) -> Path:
     for name in WEIGHTS:
         if is_present(folder, name):
             return folder / name
-    raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}")
+    raise NotFoundError(f"{folder}: {CONFIGURATION} is there, and neither {' nor '.join(WEIGHTS)}", NO_WEIGHTS)
 
 
 def kept_beside(folder: Path, own: Iterable[str], include: Sequence[str], *, is_single: bool) -> list[str]:
@@ -82,7 +84,8 @@ def candidates(folder: Path) -> list[str]:
         raise UncheckedError(f"{folder}: cannot be read: {error.strerror}") from error
     passed = (*_TRAINING_STATE, *(_MODEL_WEIGHTS if "config.json" in there else ()), REMAINDER)
     named = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in _OTHER_WEIGHTS)]
-    return [name for name in named if not any(fnmatch.fnmatch(name, pattern) for pattern in passed)]
+    found = [name for name in named if not any(fnmatch.fnmatch(name, pattern) for pattern in passed)]
+    return [name for name in found if (folder / name).is_file() or (folder / name).is_symlink()]
 
 
 def is_present(folder: Path, name: str) -> bool:
@@ -147,7 +150,12 @@ def not_an_adapter(folder: Path) -> NotFoundError:
 
 
 def _what_is_there(folder: Path) -> str:
-    return ", only the state of a training run" if _has(folder, _TRAINING_STATE) else ""
+    if _has(folder, _TRAINING_STATE):
+        return ", only the state of a training run"
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return ", the folder is empty"
+    return ", only a tokenizer" if all(map(is_tokenizer_file, names)) else ""
 
 
 def _has(folder: Path, patterns: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from loramgr.digests import canonical_json
 from loramgr.formats.configuration import Fields, load_configuration
 from loramgr.hints import ReadHints
 
-__all__ = ["HINTS", "ReadHints", "encode_hints", "with_those_beside"]
+__all__ = ["HINTS", "ReadHints", "encode_hints", "unscaled", "with_those_beside"]
 
 HINTS = "loramgr_hints.json"
 
@@ -27,6 +27,17 @@ def with_those_beside(hints: ReadHints, folder: Path) -> ReadHints:
         alpha=hints.alpha if hints.alpha is not None else _alpha(fields),
         enable_lora=hints.enable_lora if hints.enable_lora is not None else _slices(fields),
     )
+
+
+def unscaled(format_name: str, alpha: float | None) -> dict[str, Any]:
+    """Return the fields of an `Adapter` that say that its alpha is not known; none where it is."""
+    if alpha is not None:
+        return {}
+    return {
+        "is_unscaled": True,
+        "obstacle": f"its scaling is alpha / r, and the alpha of a {format_name} checkpoint stands in no file",
+        "warnings": ("alpha, the scaling and what follows from it are not known: say it with --alpha N",),
+    }
 
 
 def encode_hints(hints: Mapping[str, Any]) -> bytes:

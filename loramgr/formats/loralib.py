@@ -15,7 +15,7 @@ from loramgr.adapter import Adapter, LowRank, LowRankKind, Naming, Replacement, 
 from loramgr.errors import IncompatibleError, UsageError
 from loramgr.formats.evidence import Evidence, counted
 from loramgr.formats.files import AdapterFiles
-from loramgr.formats.hints import ReadHints
+from loramgr.formats.hints import ReadHints, unscaled
 from loramgr.formats.layers import checked_tensors
 from loramgr.formats.loralib_layers import convolution, is_embedding, merged_linear
 from loramgr.tensorfile import TensorSpec, TensorView
@@ -41,11 +41,12 @@ def detect(files: AdapterFiles) -> Evidence | None:
 def read_loralib(files: AdapterFiles, hints: ReadHints) -> Adapter:
     """Read the checkpoint, headers only where it is safetensors.
 
-    UsageError where nobody said alpha; IncompatibleError for half a pair and shapes that do not multiply.
+    UsageError where nobody said alpha, unless the adapter is only looked at; IncompatibleError for half a pair and
+    shapes that do not multiply.
     """
     tensors = checked_tensors(files)
     alpha = hints.alpha
-    if alpha is None:
+    if alpha is None and not hints.is_looked_at:
         raise UsageError(
             f"{files.weights}: loralib does not store alpha, and the scaling is alpha / r",
             "say it with --alpha N: the value of lora_alpha at training",
@@ -59,7 +60,7 @@ def read_loralib(files: AdapterFiles, hints: ReadHints) -> Adapter:
             updates[name] = Replacement(view)
     pairs = [update for update in updates.values() if isinstance(update, LowRank)]
     scalings = {update.scaling for update in pairs}
-    used: dict[str, Any] = {"alpha": alpha}
+    used: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
     if hints.enable_lora is not None and any(_is_merged(update) for update in pairs):
         used["enable_lora"] = list(hints.enable_lora)
     return Adapter(
@@ -69,10 +70,11 @@ def read_loralib(files: AdapterFiles, hints: ReadHints) -> Adapter:
         updates=dict(sorted(updates.items())),
         tensors=tensors,
         alpha=alpha,
-        scaling=scalings.pop() if len(scalings) == 1 else None,
+        scaling=scalings.pop() if len(scalings) == 1 and alpha is not None else None,
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in modules})),
         naming=_Layers(hints.enable_lora, any(_is_merged(update) for update in pairs)),
         hints=used,
+        **unscaled("loralib", alpha),
     )
 
 
@@ -81,7 +83,7 @@ def _is_merged(update: LowRank) -> bool:
     return update.lora_A.spec.shape[0] != update.lora_B.spec.shape[1]
 
 
-def _low_rank(module: str, tensors: Mapping[str, TensorView], alpha: float) -> LowRank:
+def _low_rank(module: str, tensors: Mapping[str, TensorView], alpha: float | None) -> LowRank:
     pair = [tensors.get(f"{module}{end}") for end in _ENDS]
     first, second = pair
     if first is None or second is None:
@@ -96,6 +98,7 @@ def _low_rank(module: str, tensors: Mapping[str, TensorView], alpha: float) -> L
     if shapes[1][0] % slices:
         raise IncompatibleError(f"module {module}: {shapes[1][0]} rows of lora_B are not those of {slices} slices")
     kind: LowRankKind = "embedding" if is_embedding(module) else "linear"
+    alpha = rank if alpha is None else alpha
     return LowRank(kind, first, second, rank, alpha, alpha / rank)
 
 

@@ -20,11 +20,11 @@ from loramgr.formats.peft_layers import Module, decomposed, grouped, low_rank, r
 from loramgr.formats.peft_methods import TUNERS
 from loramgr.formats.peft_nested import Nested, take_nested
 from loramgr.formats.peft_notes import warnings
-from loramgr.formats.peft_others import read_kept, read_tuner
+from loramgr.formats.peft_others import check_floats, read_kept, read_tuner
 from loramgr.formats.peft_tables import refuse_unexplained, tables_of
 from loramgr.formats.peft_variants import LORA, TRAINABLE_TOKENS, kept_whole, obstacle_of_variant, peft_type
 from loramgr.pickles import read_pickle
-from loramgr.tensorfile import FLOAT_DTYPES, TensorView, read_header
+from loramgr.tensorfile import TensorView, read_header
 
 __all__ = ["load_parts", "read_parts", "read_peft"]
 
@@ -55,6 +55,7 @@ def read_parts(fields: Fields, tensors: dict[str, TensorView], metadata: Mapping
     settings = parse_settings(fields)
     if (reason := kept_whole(fields)) is not None:
         return read_kept(fields, reason[0], tensors, reason[1])
+    check_floats(fields, tensors)
     nested = take_nested(fields, settings.lora, tensors) if settings.lora is not None else Nested({}, frozenset())
     plain = {name: view for name, view in tensors.items() if name not in nested.used}
     keys, unexplained = parse_keys(plain)
@@ -74,9 +75,6 @@ def _read_weights(path: Path) -> tuple[dict[str, TensorView], dict[str, str]]:
         tensors, metadata = dict(read_pickle(path)), {}
     if not tensors:
         raise IncompatibleError(f"{path}: holds no tensors")
-    for name, view in tensors.items():
-        if view.spec.dtype not in FLOAT_DTYPES:
-            raise IncompatibleError(f"{path}: tensor {name!r} has the dtype {view.spec.dtype}, not a plain float")
     return tensors, metadata
 
 

@@ -201,7 +201,9 @@ def _check_patterns(fields: Fields, key: str, patterns: Iterable[str]) -> None:
 
 
 def _target_pattern(fields: Fields) -> str | None:
-    value = fields.content.get("target_modules")
+    value, excluded = fields.content.get("target_modules"), fields.content.get("exclude_modules")
+    if isinstance(excluded, str):
+        _check_patterns(fields, "exclude_modules", [excluded])
     if not isinstance(value, str) or value == "all-linear":
         return None
     _check_patterns(fields, "target_modules", [value])

@@ -54,7 +54,19 @@ def _missing_targets(settings: PeftSettings, modules: list[str]) -> Iterable[str
         found = any(re.fullmatch(pattern, module) for module in modules)
         return [] if found else [f"the target modules {pattern!r}"]
     names = [name for name in dict.fromkeys(settings.target_modules) if name != "all-linear"]
-    return [f"the target module {name!r}" for name in names if not _ends_with(modules, name)]
+    return [
+        f"the target module {name!r}"
+        for name in names
+        if not _ends_with(modules, name) and not _is_excluded(settings.fields, name)
+    ]
+
+
+def _is_excluded(fields: Fields, name: str) -> bool:
+    """Say whether a target is one that exclude_modules takes out again, which PEFT leaves in the list."""
+    value = fields.content.get("exclude_modules")
+    if isinstance(value, str):
+        return re.fullmatch(value, name) is not None
+    return isinstance(value, list) and any(isinstance(each, str) and _ends_with([name], each) for each in value)
 
 
 def _ends_with(modules: Iterable[str], name: str) -> bool:

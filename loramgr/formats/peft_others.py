@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loramgr.adapter import Adapter, Naming, Opaque, Replacement, Update
+from loramgr.adapter import Adapter, LowRank, Naming, Opaque, Replacement, Update
+from loramgr.errors import IncompatibleError
 from loramgr.formats.configuration import Fields, is_number, is_rank
-from loramgr.formats.peft_config import parse_settings
+from loramgr.formats.peft_config import PeftSettings, parse_settings
 from loramgr.formats.peft_keys import parse_keys
 from loramgr.formats.peft_methods import method_name, obstacle_of
 from loramgr.formats.peft_tables import refuse_unexplained, tables_of
 from loramgr.formats.peft_tuners import split_tensors, updates_of
-from loramgr.formats.peft_variants import obstacle_of_variant
+from loramgr.formats.peft_variants import obstacle_of_variant, peft_type
 from loramgr.formats.peft_vera import read_vera
-from loramgr.tensorfile import TensorView
+from loramgr.tensorfile import FLOAT_DTYPES, TensorView
 
-__all__ = ["read_kept", "read_tuner"]
+__all__ = ["check_floats", "read_kept", "read_tuner"]
 
 
 def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> Adapter:
@@ -28,6 +29,7 @@ def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> A
     reason = obstacle_of_variant(fields, method)
     if reason is not None:
         return read_kept(fields, method, tensors, reason)
+    check_floats(fields, tensors)
     modules, shared, rest = split_tensors(method, tensors)
     keys, unexplained = parse_keys(rest)
     unexplained += [key.name for key in keys if key.role not in ("base", "saved")]
@@ -43,18 +45,37 @@ def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> A
         if not (target.endswith(".bias") or isinstance(updates[target], Replacement)):
             refuse_unexplained([tables[target].spec.name])
     updates |= {target: Replacement(view) for target, view in tables.items()}
-    lora = settings.lora
+    alpha, scaling = _alpha_and_scaling(settings, updates)
     return Adapter(
         **_common(fields),
         method=method_name(method),
         updates=dict(sorted(updates.items())),
         tensors=tensors,
-        alpha=None if lora is None else lora.alpha,
-        scaling=None if lora is None else lora.scaling(lora.alpha, lora.rank),
+        alpha=alpha,
+        scaling=scaling,
         base_digest=settings.base_digest,
         naming=naming,
         warnings=() if modules else ("The file holds no tensors of the method.",),
     )
+
+
+def _alpha_and_scaling(settings: PeftSettings, updates: Mapping[str, Update]) -> tuple[float | None, float | None]:
+    """Return the general alpha and scaling; AdaLoRA's are those of its modules, VeRA has none."""
+    lora = settings.lora
+    if lora is not None:
+        return lora.alpha, lora.scaling(lora.alpha, lora.rank)
+    is_ranked = peft_type(settings.fields) == "ADALORA"
+    pairs = {(each.alpha, each.scaling) for each in updates.values() if is_ranked and isinstance(each, LowRank)}
+    return pairs.pop() if len(pairs) == 1 else (None, None)
+
+
+def check_floats(fields: Fields, tensors: Mapping[str, TensorView]) -> None:
+    """Raise IncompatibleError, naming the tensor, for one that is to be computed with and is no plain float."""
+    for name, view in tensors.items():
+        if view.spec.dtype not in FLOAT_DTYPES:
+            raise IncompatibleError(
+                f"{fields.path.parent}: tensor {name!r} has the dtype {view.spec.dtype}, not a plain float"
+            )
 
 
 def read_kept(fields: Fields, method: str, tensors: Mapping[str, TensorView], reason: str | None = None) -> Adapter:
@@ -75,6 +96,12 @@ def read_kept(fields: Fields, method: str, tensors: Mapping[str, TensorView], re
     )
 
 
+def _text(fields: Fields, key: str) -> str | None:
+    """Return a text, None for anything else: what is only kept is not refused for what its configuration says."""
+    value = fields.content.get(key)
+    return value if isinstance(value, str) and value else None
+
+
 def _common(fields: Fields) -> dict[str, Any]:
     targets = fields.content.get("target_modules")
     plain = isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(each, str) for each in targets))
@@ -82,6 +109,6 @@ def _common(fields: Fields) -> dict[str, Any]:
         "format": "peft",
         "config": fields.content,
         "target_modules": fields.names("target_modules") if plain else (),
-        "task_type": fields.text("task_type"),
-        "base_name": fields.text("base_model_name_or_path"),
+        "task_type": _text(fields, "task_type"),
+        "base_name": _text(fields, "base_model_name_or_path"),
     }

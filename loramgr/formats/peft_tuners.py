@@ -204,9 +204,11 @@ def _oft(module: TunerModule, settings: PeftSettings) -> Made:
     if fields.content.get("use_cayley_neumann") is None or fields.flag("use_cayley_neumann"):
         number = fields.content.get("num_cayley_neumann_terms")
         terms = 5 if number is None else fields.rank("num_cayley_neumann_terms")
-    if role == "oft_embedding_R":  # an embedding is turned the other way: W R, and Rᵀ is R of -Q
+    is_embedding = role == "oft_embedding_R"
+    if is_embedding:  # an embedding is turned the other way: W R, and Rᵀ is R of -Q
         vectors = _negated(vectors)
-    return {"weight": Orthogonal(vectors, size, terms, fields.flag("fan_in_fan_out"), fields.flag("block_share"))}
+    flags = fields.flag("fan_in_fan_out"), fields.flag("block_share")
+    return {"weight": Orthogonal(vectors, size, terms, *flags, is_embedding)}
 
 
 def _negated(view: TensorView) -> ComputedTensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loramgr.adapter import Adapter
-from loramgr.errors import IncompatibleError, NotFoundError, UncheckedError
+from loramgr.errors import IncompatibleError, IntegrityError, LoramgrError, NotFoundError, UncheckedError
 from loramgr.formats import (
     adapterhub,
     biases,
@@ -25,7 +25,15 @@ from loramgr.formats.evidence import Detector, Evidence
 from loramgr.formats.files import AdapterFiles, adapter_files
 from loramgr.formats.folder import CONFIGURATION, kept_beside
 from loramgr.formats.hints import ReadHints, with_those_beside
-from loramgr.formats.peculiarities import Told, told_by_beginning, what_it_is, what_path_is
+from loramgr.formats.peculiarities import (
+    NEXT,
+    Told,
+    told_by_beginning,
+    told_by_pickle,
+    told_of_parts,
+    what_it_is,
+    what_path_is,
+)
 
 __all__ = ["adapter_folder", "detect", "kept_files", "read_adapter", "recognise", "told_instead"]
 
@@ -55,18 +63,36 @@ def read_adapter(path: Path, hints: ReadHints | None = None) -> Adapter:
 def recognise(files: AdapterFiles) -> Evidence:
     """Return the one format whose content the files have.
 
-    Raises IncompatibleError, saying what was found, where none or several recognise it, and as the containers' readers.
+    Raises IncompatibleError, saying what was found, where none or several recognise it, IntegrityError for an empty
+    file, and as the containers' readers.
     """
-    found = detect(files)
+    found = _detected(files)
     if not found and files.configuration is not None:
         return peft_evidence.evidence(files)  # whose reader says what the configuration lacks
     if not found:
         told = what_it_is(files)
-        raise IncompatibleError(f"{files.weights}: not an adapter that loramgr knows: {told.sentence}", told.hint)
+        raise IncompatibleError(
+            f"{files.weights}: not an adapter that loramgr knows: {told.sentence}", told.hint or NEXT
+        )
     if len(found) > 1:
         said = "; ".join(f"{each.format} ({', '.join(each.sentences)})" for each in found)
         raise IncompatibleError(f"{files.weights}: more than one format recognises it: {said}")
     return found[0]
+
+
+def _detected(files: AdapterFiles) -> list[Evidence]:
+    """Return what the formats saw; what is no file of tensors is refused for what it is, before it is parsed."""
+    parts = told_of_parts(files)
+    for path, told in parts.items():
+        kind = IntegrityError if told.kind == "empty" else IncompatibleError
+        raise kind(f"{path}: not an adapter, but {told.sentence}", told.hint or NEXT)
+    try:
+        return detect(files)
+    except LoramgrError as error:
+        pickled = told_by_pickle(files.weights)
+        if pickled is None:
+            raise
+        raise IncompatibleError(f"{files.weights}: not an adapter, but {pickled.sentence}", NEXT) from error
 
 
 def detect(files: AdapterFiles) -> list[Evidence]:
@@ -84,6 +110,8 @@ def told_instead(path: Path) -> Told | None:
         if told is not None:
             return told
         files = adapter_files(path)
+        for part, inside in told_of_parts(files).items():
+            return replace(inside, sentence=f"a folder whose {part.name} is {inside.sentence}")
         return None if files.configuration_path is not None or detect(files) else what_it_is(files)
     except (NotFoundError, IncompatibleError):
         return what_path_is(path)

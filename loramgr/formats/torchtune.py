@@ -17,7 +17,7 @@ from loramgr.formats.evidence import Evidence, counted
 from loramgr.formats.files import AdapterFiles
 from loramgr.formats.gguf import reordered
 from loramgr.formats.gguf_names import Architecture
-from loramgr.formats.hints import ReadHints
+from loramgr.formats.hints import ReadHints, unscaled
 from loramgr.formats.layers import checked_tensors
 from loramgr.formats.resolving import resolved_names
 from loramgr.tensorfile import TensorSpec, TensorView
@@ -50,13 +50,13 @@ def _is_factor(name: str) -> bool:
 def read_torchtune(files: AdapterFiles, hints: ReadHints) -> Adapter:
     """Read the adapter; its names stay torchtune's until it meets a base.
 
-    UsageError where neither a configuration nor a hint says alpha; IncompatibleError for tensors that no rule explains
-    and shapes that do not multiply.
+    UsageError where neither a configuration nor a hint says alpha, unless the adapter is only looked at;
+    IncompatibleError for tensors that no rule explains and shapes that do not multiply.
     """
     tensors = checked_tensors(files)
     fields = files.configuration
     alpha = hints.alpha if fields is None or "lora_alpha" not in fields.content else fields.number("lora_alpha")
-    if alpha is None:
+    if alpha is None and not hints.is_looked_at:
         raise UsageError(
             f"{files.weights}: no configuration beside it says alpha, and the scaling is alpha / r", "--alpha N"
         )
@@ -67,15 +67,16 @@ def read_torchtune(files: AdapterFiles, hints: ReadHints) -> Adapter:
     return Adapter(
         format="torchtune",
         method="dora" if any(update.magnitude for update in updates.values()) else "lora",
-        config={"lora_alpha": alpha} if fields is None else fields.content,
+        config=fields.content if fields is not None else {} if alpha is None else {"lora_alpha": alpha},
         updates=dict(updates),
         tensors=tensors,
         alpha=alpha,
-        scaling=scalings.pop() if len(scalings) == 1 else None,
+        scaling=scalings.pop() if len(scalings) == 1 and alpha is not None else None,
         target_modules=tuple(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in updates})),
         base_name=None if fields is None else fields.text("base_model_name_or_path"),
         naming=_TorchtuneNames(),
-        hints={"alpha": alpha} if fields is None else {},
+        hints={"alpha": alpha} if fields is None and alpha is not None else {},
+        **unscaled("torchtune", alpha),
     )
 
 
@@ -93,7 +94,7 @@ def _modules(files: AdapterFiles, tensors: Mapping[str, TensorView]) -> dict[str
     return dict(sorted(modules.items()))
 
 
-def _low_rank(name: str, roles: Mapping[str, TensorView], alpha: float) -> LowRank:
+def _low_rank(name: str, roles: Mapping[str, TensorView], alpha: float | None) -> LowRank:
     if "lora_a" not in roles or "lora_b" not in roles:
         raise IncompatibleError(f"module {name}: only one of lora_a and lora_b is there")
     first, second = roles["lora_a"], roles["lora_b"]
@@ -104,6 +105,7 @@ def _low_rank(name: str, roles: Mapping[str, TensorView], alpha: float) -> LowRa
     if magnitude is not None and magnitude.spec.shape != shapes[1][:1]:
         raise IncompatibleError(f"module {name}: magnitude {list(magnitude.spec.shape)} for {shapes[1][0]} outputs")
     rank = shapes[0][0]
+    alpha = rank if alpha is None else alpha
     return LowRank("linear", first, second, rank, alpha, alpha / rank, magnitude=magnitude)
 
 

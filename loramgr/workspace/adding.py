@@ -21,6 +21,7 @@ from loramgr.formats import examine, kept_files, read_adapter
 from loramgr.formats.discovery import find_adapters, is_checkpoint
 from loramgr.formats.examination import Examination, FileExaminer
 from loramgr.formats.files import adapter_files
+from loramgr.formats.folder import CONFIGURATION
 from loramgr.formats.hints import HINTS, ReadHints, encode_hints
 from loramgr.records import AddedVersion, Addition, FileRecord, VersionRecord
 from loramgr.references import check_name, check_tag
@@ -113,6 +114,8 @@ def _add_trained_from(home: Home, path: Path, options: AddOptions, initial: Path
 def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:
     """Import every adapter in a folder and in those beneath it, the checkpoints of a run in their order.
 
+    Files of weights that lie side by side are adapters by themselves; what none recognises is skipped and told.
+
     Each gets the name it would get alone; where folders in different places would share one, the names of those in
     between come before it. One that fails does not stop the others and is told in the result. Versions are published in
     groups, so what was added before an interruption stays, and adding again goes on from there. Raises NotFoundError
@@ -125,17 +128,19 @@ def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:
         raise UsageError("--initial is about one adapter", "loramgr add its folder alone")
     if not folder.is_dir():
         raise NotFoundError(f"{folder}: no such folder")
-    paths = find_adapters(folder)
-    if not paths:
+    found = find_adapters(folder)
+    if not found.adapters:
         natural_name(folder)  # says what there is instead
-    sources, failed = _named(folder, paths, options.name)
+    sources, failed = _named(folder, found.adapters, options.name)
     addition = _add(home, sources, options)
-    return Addition(addition.added, failed | addition.failed)
+    return Addition(addition.added, failed | addition.failed, found.skipped)
 
 
 def holds_several(path: Path) -> bool:
-    """Say whether a path is no adapter itself, but a folder with adapters beneath it."""
-    found = find_adapters(path) if path.is_dir() else []
+    """Say whether a path is no adapter itself, but a folder with adapters in it or beneath it."""
+    if not path.is_dir() or (path / CONFIGURATION).exists():
+        return False
+    found = find_adapters(path).adapters
     return bool(found) and path not in found
 
 
@@ -148,15 +153,15 @@ def _check_options(options: AddOptions) -> None:
 
 def _named(root: Path, paths: Sequence[Path], name: str | None) -> tuple[list[_Source], dict[str, LoramgrError]]:
     """Give every adapter its name; an error for each whose name would still be that of another run."""
-    runs = {path: absolute(path.parent if is_checkpoint(path) else path) for path in paths}
-    sharing = Counter(slug(run.name) for run in set(runs.values()))
+    runs = {path: absolute(path.parent if path.is_dir() and is_checkpoint(path) else path) for path in paths}
+    sharing = Counter(_own_name(run) for run in set(runs.values()))
     sources: list[_Source] = []
     owners: dict[str, Path] = {}
     failed: dict[str, LoramgrError] = {}
     for path, run in runs.items():
-        chosen, notes = name or slug(run.name), tuple[str, ...]()
+        chosen, notes = name or _own_name(run), tuple[str, ...]()
         if name is None and sharing[chosen] > 1:
-            notes = (f"{path}: called {_path_name(root, run)}, for another folder is called {run.name} as well",)
+            notes = (f"{path}: called {_path_name(root, run)}, for another one is called {_own_name(run)} as well",)
             chosen = _path_name(root, run)
         if name is None and owners.setdefault(chosen, run) != run:
             failed[str(path)] = ConflictError(
@@ -166,6 +171,11 @@ def _named(root: Path, paths: Sequence[Path], name: str | None) -> tuple[list[_S
             sources.append(_Source(path, chosen, notes=notes))
     last = {source.name: source for source in sources}
     return [replace(source, is_last=last[source.name] is source) for source in sources], failed
+
+
+def _own_name(run: Path) -> str:
+    """Return the name of a run's folder, or of an adapter in one file without its suffix."""
+    return slug(run.name if run.is_dir() else run.stem)
 
 
 def _path_name(root: Path, run: Path) -> str:
@@ -229,7 +239,8 @@ def _add(home: Home, sources: Sequence[_Source], options: AddOptions) -> Additio
 def _groups(sources: Sequence[_Source]) -> Iterator[list[_Source]]:
     group, size = list[_Source](), 0
     for source in sources:
-        size += sum(file.stat().st_size for file in source.path.glob("adapter_model.*")) if source.path.is_dir() else 0
+        files = source.path.glob("adapter_model.*") if source.path.is_dir() else [source.path]
+        size += sum(file.stat().st_size for file in files if file.exists())
         group.append(source)
         if len(group) == GROUP or size >= GROUP_BYTES:
             yield group

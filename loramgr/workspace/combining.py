@@ -163,11 +163,19 @@ def combine(
     """Put the adapters' updates together; reads headers, and whole tensors where they have to be compared.
 
     `own_tables` says of a table whether it is the base's own tensor, which then changes nothing. Raises
-    IncompatibleError, naming it, for a parameter whose updates have no sum without the base.
+    IncompatibleError, naming it, for a parameter whose updates have no sum without the base, and for an adapter whose
+    names mean nothing without it.
     """
     for part in parts:
         if part.adapter.obstacle is not None:
             raise IncompatibleError(f"{part.ref} cannot be combined: {part.adapter.obstacle}")
+        naming = part.adapter.naming
+        if naming is not None and naming.is_needed:  # the result would have names that no tool knows
+            raise IncompatibleError(
+                f"{part.ref} cannot be combined: its modules have {naming.described}, which only its base turns into "
+                "those of a model",
+                f"loramgr bind {part.ref} BASE",
+            )
     account = Account()
     combiner = _Combiner(parts, parameters, dtype, device, account)
     factors: dict[str, WrittenFactors] = {}

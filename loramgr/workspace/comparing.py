@@ -39,7 +39,9 @@ def compare_adapters(
     pairs = [Pair(name, a, b) for name, (a, b) in aligned(adapters).items()]
     if not any(len(pair.updates) == 2 for pair in pairs):
         names = " and ".join(min(map(module_name, adapter.updates), default="nothing") for adapter in adapters)
-        raise IncompatibleError(f"the adapters update no module in common; for example {names}")
+        foreign = any(each.naming is not None and each.naming.is_needed for each in adapters)
+        hint = "loramgr bind both to their base, whose names they then have" if foreign else None
+        raise IncompatibleError(f"the adapters update no module in common; for example {names}", hint)
     needy = [pair for pair in pairs if needs_weight(pair)]
     weights, notes = (None, []) if not needy else _weights(home, adapters, base)
     with loading_torch():

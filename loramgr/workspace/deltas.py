@@ -21,7 +21,8 @@ def product_of(update: LowRank, device: str = "cpu") -> Product:
     """Return scaling · lora_B lora_A, (out, in) or with the kernel flattened (out, in·k), of an embedding (dim, vocab).
 
     Raises IncompatibleError, naming the tensor, where this is not the whole update (DoRA's magnitude, or a table that
-    takes the parameter's place first, projections shared by layers of several sizes), and for NaN or infinite values.
+    takes the parameter's place first, projections shared by layers of several sizes, slices of a fused weight), and for
+    NaN or infinite values.
     """
     from loramgr.algebra.finite import all_finite
     from loramgr.algebra.lowrank import Product
@@ -35,6 +36,11 @@ def product_of(update: LowRank, device: str = "cpu") -> Product:
         raise IncompatibleError(f"{update.magnitude.spec.name}: the delta of DoRA depends on the base's weights")
     if update.table is not None:
         raise IncompatibleError(f"{update.table.spec.name}: the adapter replaces the whole parameter before its delta")
+    if update.lora_A.spec.shape[0] != update.lora_B.spec.shape[1]:
+        raise IncompatibleError(
+            f"{update.lora_A.spec.name}: which slices of the fused weight the factors are for only the base says",
+            "register the base and tie the adapter to it with loramgr bind",
+        )
     lora_A, lora_B = update.lora_A.load().flatten(1), update.lora_B.load().flatten(1)
     for tensor, view in ((lora_B, update.lora_B), (lora_A, update.lora_A)):
         if not (all_finite(tensor) and math.isfinite(update.scaling)):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from loramgr.adapter import Delta, Experts, LowRank, Patch, Scale, Update, rank_of
+from loramgr.adapter import Decomposed, Delta, Experts, LowRank, Patch, Scale, Update, rank_of
 from loramgr.records import ModuleRecord
 from loramgr.workspace import spectra
 from loramgr.workspace.applied import Additive, delta_of
 from loramgr.workspace.pairs import kind_alone, module_name
 
-__all__ = ["described_module"]
+__all__ = ["described_module", "unscaled_module"]
 
 
 def described_module(name: str, update: Update, kind: str | None, *, spectrum: bool) -> ModuleRecord:
     """Describe one update; `kind` is what it is on the base, None to go by the adapter alone."""
     kind = kind or kind_alone(name, update)
+    if isinstance(update, Decomposed) and not isinstance(update.inner, Delta):
+        return described_module(name, update.inner, kind, spectrum=spectrum)
     if isinstance(update, LowRank):
         return _low_rank(module_name(name), update, kind, spectrum=spectrum)
     if isinstance(update, Experts):
@@ -31,6 +34,20 @@ def described_module(name: str, update: Update, kind: str | None, *, spectrum: b
     if isinstance(update, Patch):  # as many values as differ, in places of their own
         outputs = None
     return ModuleRecord(module_name(name), kind, rank_of(update), None, None, inputs, outputs, spec.dtype, None, None)
+
+
+def unscaled_module(module: ModuleRecord) -> ModuleRecord:
+    """Return the description without the figures that need a scaling, for an adapter of which nobody knows it."""
+    return replace(
+        module,
+        alpha=None,
+        scaling=None,
+        delta_norm=None,
+        spectrum=None,
+        share_of_weight=None,
+        norm_to_median=None,
+        outlier=None,
+    )
 
 
 def _low_rank(name: str, update: LowRank, kind: str, *, spectrum: bool) -> ModuleRecord:

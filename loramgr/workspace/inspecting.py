@@ -19,7 +19,7 @@ from loramgr.formats.registry import told_instead
 from loramgr.records import BaseReference, FileRecord, FileReport, InspectReport, VersionRecord
 from loramgr.references import is_path
 from loramgr.workspace.adapters import manifest, natural_name, summary
-from loramgr.workspace.describing import described_module
+from loramgr.workspace.describing import described_module, unscaled_module
 from loramgr.workspace.home import Home
 from loramgr.workspace.loading import loading_torch
 from loramgr.workspace.matching import bind_registered, resolved_for
@@ -30,11 +30,14 @@ __all__ = ["inspect_adapter", "open_adapter", "version_of_folder"]
 
 
 @contextmanager
-def open_adapter(home: Home, ref: str) -> Iterator[tuple[VersionRecord, Adapter, Path]]:
-    """Give a version, its adapter and the folder of its files, from the store or, for a path, from disk."""
+def open_adapter(home: Home, ref: str, *, is_looked_at: bool = False) -> Iterator[tuple[VersionRecord, Adapter, Path]]:
+    """Give a version, its adapter and the folder of its files, from the store or, for a path, from disk.
+
+    With `is_looked_at` the adapter of a path may lack a scaling; see `ReadHints`.
+    """
     if is_path(ref):
         path = Path(ref)
-        adapter = read_adapter(path, home.hints)
+        adapter = read_adapter(path, replace(home.hints, is_looked_at=is_looked_at))
         adapter = resolved_for(home, adapter, adapter.base_digest)
         yield version_of_folder(home, path, adapter), adapter, adapter_folder(path)
         return
@@ -88,7 +91,7 @@ def inspect_adapter(
     told = told_instead(Path(ref)) if is_path(ref) else None
     if told is not None:
         return FileReport(ref, told.kind, told.sentence, [*told.evidence], [*told.unexplained], told.hint)
-    with open_adapter(home, ref) as (version, adapter, _):
+    with open_adapter(home, ref, is_looked_at=True) as (version, adapter, _):
         examination = examine(adapter)
         fit = _fit(home, version, adapter, examination)
         notes: list[str] = []
@@ -101,6 +104,8 @@ def inspect_adapter(
             modules = [each.result() for each in described]
             if spectrum:
                 modules, notes = measured(home, version, adapter, modules)
+        if adapter.is_unscaled:
+            modules = [unscaled_module(module) for module in modules]
     report = InspectReport(
         **{field: getattr(version, field) for field in VersionRecord.__dataclass_fields__},
         modules=modules,

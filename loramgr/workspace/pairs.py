@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from loramgr.adapter import (
+    Butterfly,
     Decomposed,
     Experts,
+    Hadamard,
+    Kronecker,
     LowRank,
     Opaque,
     Orthogonal,
@@ -74,15 +77,34 @@ def kind_alone(name: str, update: Update) -> str:
 
 def _layer_alone(update: Update) -> str:
     match update:
-        case LowRank() if update.kind == "conv":
-            return f"conv{len(update.lora_A.spec.shape) - 2}d"
         case LowRank() if update.kind == "embedding":
+            return "embedding"
+        case Orthogonal() if update.is_embedding:
             return "embedding"
         case Decomposed():
             return _layer_alone(update.inner)
-        case LowRank() | Scale() | Orthogonal() if update.fan_in_fan_out:
-            return "conv1d"
-    return "linear"
+    dimensions = _kernel_dimensions(update)
+    if dimensions:
+        return f"conv{dimensions}d"
+    is_turned = isinstance(update, LowRank | Scale | Orthogonal | Butterfly) and update.fan_in_fan_out
+    return "conv1d" if is_turned else "linear"
+
+
+def _kernel_dimensions(update: Update) -> int:
+    """Return how many dimensions the kernel of a convolution has, 0 for other layers and where only the base tells."""
+    match update:
+        case LowRank() if update.kind == "conv":
+            return len(update.lora_A.spec.shape) - 2
+        case Scale():  # PEFT keeps the vector as (1, n, 1…), as many dimensions as the kernel has
+            return max(0, len(update.vector.spec.shape) - 2)
+        case Butterfly():  # PEFT keeps the scale of a plain layer as (out, 1)
+            return 2 if update.scale.spec.shape[0] == 1 < update.scale.spec.shape[1] else 0
+        case Hadamard():
+            return 0 if update.t1 is None else len(update.t1.spec.shape) - 2
+        case Kronecker():
+            core = update.t2 if update.t2 is not None else update.w2[0] if len(update.w2) == 1 else None
+            return 0 if core is None else len(core.spec.shape) - 2
+    return 0
 
 
 def needs_weight(pair: Pair) -> bool:

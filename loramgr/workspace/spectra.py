@@ -38,6 +38,8 @@ class Delta:
     @classmethod
     def of(cls, update: LowRank) -> Delta | None:
         """Read the factors, once; None where they hold NaN or infinite values."""
+        import torch
+
         from loramgr.algebra.comparison import numerical_rank
         from loramgr.algebra.finite import all_finite
         from loramgr.algebra.spectrum import singular_values
@@ -45,6 +47,9 @@ class Delta:
         lora_A, lora_B = update.lora_A.load().flatten(1), update.lora_B.load().flatten(1)
         if not (all_finite(lora_A) and all_finite(lora_B)):
             return None
+        slices = lora_A.shape[0] // lora_B.shape[1]
+        if slices > 1:  # of a fused weight (loralib's MergedLinear): each of its own rows of lora_A, wherever it lies
+            lora_B = torch.block_diag(*lora_B.chunk(slices))  # type: ignore[no-untyped-call]  # torch has no type of it
         values = singular_values(lora_A, lora_B, update.scaling)
         if not bool(values.isfinite().all()):
             return None

@@ -55,7 +55,8 @@ _REFUSED_KEYS = {
 
 _BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SUBTRACT = (
-    "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training; or have PEFT convert it: "
+    "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training, or of PiSSA and OLoRA "
+    "--initial base, which computes it of the base; or have PEFT convert it: "
     "model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)"
 )
 _NEXT = {"loftq": "merge it with PEFT: what quantizing changed in the base is in no adapter, the initial one neither"}

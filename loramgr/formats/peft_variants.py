@@ -89,8 +89,8 @@ def obstacle_of_variant(fields: Fields, method: str) -> str | None:
     """Return why an adapter of LoRA or of a tuner cannot be merged, None where it can."""
     if method == LORA:
         return next((why for key, why in _OBSTACLES.items() if not _is_unset(fields.content.get(key))), None)
-    if method == "OFT" and not _is_unset(fields.content.get("coft")):
-        return "constrained OFT (coft) projects its rotations while the model runs"
+    if method == "MISS" and fields.content.get("init_weights") == "bat":
+        return "the variant bat of MiSS multiplies blocks of the weight with each other, which loramgr does not compute"
     return None
 
 

@@ -72,6 +72,10 @@ TUNERS = {
         ("miss_block",),
         _LAYERS | {"r", "miss_dropout", "mini_r", "bias", "init_weights"},
     ),
+    "HRA": Tuner(
+        ("hra_u",),
+        _LAYERS | {"r", "apply_GS", "bias", "init_weights"},
+    ),
     "C3A": Tuner(
         ("c3a_kernel",),
         _LAYERS | {"block_size", "block_size_pattern", "bias", "init_weights"},

@@ -18,6 +18,7 @@ from loramgr.adapter import (
     Kronecker,
     LowRank,
     Orthogonal,
+    Reflected,
     Replacement,
     Scale,
     Update,
@@ -241,6 +242,14 @@ def _constrained(view: TensorView, eps: float) -> ComputedTensor:
     return ComputedTensor(spec, make)
 
 
+def _hra(module: TunerModule, settings: PeftSettings) -> Made:
+    vectors = module.take("hra_u", (2,))
+    rank = settings.fields.rank("r")
+    if vectors.spec.shape[1] != rank:
+        raise module.refused(f"hra_u is {vectors.spec.shape}, the configuration says rank {rank}")
+    return {"weight": Reflected(vectors, settings.fields.flag("apply_GS"))}
+
+
 def _c3a(module: TunerModule, settings: PeftSettings) -> Made:
     """W + C / inputs, every block of C circulant with the kernel as its first row (C3A, arXiv 2407.19342)."""
     kernel = module.take("c3a_kernel", (3,))
@@ -293,5 +302,6 @@ _MAKERS: dict[str, Callable[[TunerModule, PeftSettings], Made]] = {
     "OFT": _oft,
     "BOFT": _boft,
     "C3A": _c3a,
+    "HRA": _hra,
     "LN_TUNING": _ln_tuning,
 }

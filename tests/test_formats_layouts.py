@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from loramgr import AddOptions, IncompatibleError, Workspace
 from loramgr.adapter import LowRank
 from loramgr.formats import read_adapter
+from loramgr.formats.other_layouts import other_names
 from loramgr.tensorfile import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,7 +148,7 @@ def _close(merged: Weights, expected: Weights) -> None:
         assert (merged[name] - tensor).abs().max() <= 1e-12, name
 
 
-def test_a_unet_in_either_layout_takes_names_of_both(tmp_path: Path) -> None:
+def test_a_unet_in_either_layout_takes_names_of_the_other(tmp_path: Path) -> None:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet, prefix = _unet(), "model.diffusion_model."
@@ -167,8 +168,47 @@ def test_a_unet_in_either_layout_takes_names_of_both(tmp_path: Path) -> None:
     _close(_merged(tmp_path / "1", tmp_path / "theirs.safetensors", sgm), expected)
     renamed = {prefix + _original(name): tensor for name, tensor in expected.items()}
     _close(_merged(tmp_path / "2", tmp_path / "original.safetensors", own), renamed)
-    _close(_merged(tmp_path / "3", tmp_path / "original.safetensors", sgm), renamed)
-    _close(_merged(tmp_path / "4", tmp_path / "theirs.safetensors", own), expected)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_module_of_the_real_models_has_its_other_name(name: str) -> None:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SIZES[name])
+    prefix, weights = "model.diffusion_model.", dict(unet.state_dict())
+    others = {places[0].weight: f"{other}.weight" for other, places in other_names(_specs(weights)).items()}
+    assert {name.rpartition(".")[0] for name in others} == {name.rpartition(".")[0] for name in weights}
+    original = {}
+    for parameter, tensor in weights.items():
+        module, _, leaf = parameter.rpartition(".")
+        original[f"{prefix}{others[f'{module}.weight'].removesuffix('weight')}{leaf}"] = tensor
+    theirs = convert_ldm_unet_checkpoint(dict(original), dict(unet.config))
+    assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(each) for name, each in weights.items()}
+    back = {places[0].weight: f"{other}.weight" for other, places in other_names(_specs(original)).items()}
+    assert back == {f"{prefix}{other}": f"{prefix}{own}" for own, other in others.items()}
+
+
+def _specs(weights: Weights) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
 @cache
@@ -332,10 +372,7 @@ def test_a_text_encoder_of_openclip_takes_the_names_of_clip(tmp_path: Path) -> N
 def test_what_cannot_be_cut_or_joined_is_refused(tmp_path: Path) -> None:
     weights = dict(_flux().state_dict())
     fused = _fused_flux(weights)
-    specs = {
-        kind: {name: TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in each.items()}
-        for kind, each in (("split", weights), ("fused", fused))
-    }
+    specs = {"split": _specs(weights), "fused": _specs(fused)}
 
     def refused(kind: str, tensors: Weights, message: str) -> None:
         save_file(tensors, tmp_path / "a.safetensors")

@@ -23,6 +23,7 @@ __all__ = [
     "Opaque",
     "Orthogonal",
     "Patch",
+    "Reflected",
     "Replacement",
     "Rows",
     "Scale",
@@ -211,6 +212,22 @@ class Butterfly:
 
 
 @dataclass(frozen=True, slots=True)
+class Reflected:
+    """W becomes W (I - 2 u₁u₁ᵀ) (I - 2 u₂u₂ᵀ) … with unit vectors u (Householder reflections; HRA, arXiv 2405.17484).
+
+    `vectors` is (inputs, r), a column each, of any length; inputs as in `Orthogonal`. With `orthonormal` they are made
+    orthogonal to those before them first (Gram and Schmidt).
+    """
+
+    vectors: TensorView
+    orthonormal: bool = False
+
+    def views(self) -> Iterator[TensorView]:
+        """Yield the tensors that the update is made of."""
+        yield self.vectors
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """W becomes W + scaling · tensor, reshaped to W; with `indices` tensor and indices are (n,), places in flat W."""
 
@@ -300,6 +317,7 @@ Update = (
     | Scale
     | Orthogonal
     | Butterfly
+    | Reflected
     | Delta
     | Patch
     | Experts

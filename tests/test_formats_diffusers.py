@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import enum
 import json
 import os
 from pathlib import Path
@@ -187,6 +189,43 @@ def test_diffusers_reads_what_is_written(tmp_path: Path, options: dict[str, Any]
     (tmp_path / "back").mkdir()
     write_adapter(back, "peft", Written(tmp_path / "back"))
     assert examine(read_adapter(tmp_path / "back")).weights_digest == examine(adapter).weights_digest
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 3}}])
+def test_diffusers_reads_a_written_text_encoder(tmp_path: Path, options: dict[str, Any]) -> None:
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=20, max_position_embeddings=10, projection_dim=8, **sizes))
+    reader = copy.deepcopy(text)
+    live = _randomize(get_peft_model(text, LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj", "fc1"], **options)))
+    config = live.peft_config["default"].to_dict()
+    metadata = json.dumps({f"text_encoder.{key}": _plain(value) for key, value in config.items()})
+    state = {
+        name.replace("base_model.model.", "text_encoder.").replace(".default", "").removesuffix(".weight")
+        + ("" if "magnitude" in name else ".weight"): tensor.contiguous()
+        for name, tensor in live.state_dict().items()
+        if "lora_" in name
+    }
+    save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
+    (tmp_path / "written").mkdir()
+    write_adapter(read_adapter(tmp_path / "a.safetensors"), "diffusers", Written(tmp_path / "written"))
+    found, alphas, noted = StableDiffusionPipeline.lora_state_dict(
+        str(tmp_path / "written" / "pytorch_lora_weights.safetensors"), return_lora_metadata=True
+    )
+    StableDiffusionPipeline.load_lora_into_text_encoder(
+        found, network_alphas=alphas, text_encoder=reader, metadata=noted, prefix="text_encoder"
+    )
+    inputs = torch.arange(6)[None]
+    with torch.no_grad():
+        assert (reader(inputs)[0] - live(inputs)[0]).abs().max() <= 1e-6
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value.value if isinstance(value, enum.Enum) else value
 
 
 def test_metadata_scales_the_bias_of_lora_b_too(tmp_path: Path) -> None:

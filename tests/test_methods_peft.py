@@ -118,6 +118,14 @@ def _configs() -> dict[str, Callable[[], Any]]:
             oft_block_size=4, target_modules=layers, block_share=True, init_weights=False, num_cayley_neumann_terms=3
         ),
         "oft-embedding": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["emb"], init_weights=False),
+        "oft-constrained": lambda: peft.OFTConfig(
+            oft_block_size=4, target_modules=layers, coft=True, eps=0.3, init_weights=False
+        ),
+        "miss": lambda: peft.MissConfig(r=5, target_modules=["lin", "square"]),
+        "miss-mini": lambda: peft.MissConfig(r=4, mini_r=3, target_modules=["lin", "square"], init_weights="mini"),
+        "hra": lambda: peft.HRAConfig(r=3, target_modules=layers, init_weights=False),
+        "hra-orthonormal": lambda: peft.HRAConfig(r=4, target_modules=layers, apply_GS=True),
+        "c3a": lambda: peft.C3AConfig(block_size=4, target_modules=["lin", "square"]),
         "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=layers, init_weights=False),
         "boft-bias": lambda: peft.BOFTConfig(boft_block_num=2, boft_block_size=0, target_modules=["lin"], bias="all"),
         "ln-tuning": lambda: peft.LNTuningConfig(target_modules=["norm"]),

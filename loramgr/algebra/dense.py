@@ -10,7 +10,17 @@ import torch
 
 from loramgr.products import product, tucker
 
-__all__ = ["butterfly", "decomposed", "expert_deltas", "hadamard", "kronecker", "rotated", "rotation", "scaled"]
+__all__ = [
+    "butterfly",
+    "decomposed",
+    "expert_deltas",
+    "hadamard",
+    "kronecker",
+    "reflected",
+    "rotated",
+    "rotation",
+    "scaled",
+]
 
 
 def hadamard(
@@ -99,6 +109,20 @@ def butterfly(weight: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor) -
         gathered[:, order] = result
         result = rotated(gathered, _cayley(skew[index]))[:, order]
     return result * scale.double().reshape(-1, 1)
+
+
+def reflected(weight: torch.Tensor, vectors: torch.Tensor, *, orthonormal: bool) -> torch.Tensor:
+    """Return a matrix (out, in) reflected at every column of (in, r) in turn; see `loramgr.updates.Reflected`."""
+    result = weight.double()
+    units: list[torch.Tensor] = []
+    for vector in vectors.double().T.contiguous():
+        unit = vector[None]
+        for before in units if orthonormal else ():
+            unit = unit - _sum_of_columns(unit * before) * before
+        unit = unit / _sum_of_columns(unit * unit).sqrt()
+        units.append(unit)
+        result = result - 2.0 * _sum_of_columns(result * unit)[:, None] * unit
+    return result
 
 
 def decomposed(weight: torch.Tensor, magnitude: torch.Tensor, dimension: int, epsilon: float) -> torch.Tensor:

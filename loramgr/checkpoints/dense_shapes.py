@@ -14,6 +14,7 @@ from loramgr.adapter import (
     LowRank,
     Orthogonal,
     Patch,
+    Reflected,
     Scale,
     Update,
 )
@@ -50,6 +51,8 @@ def _fits_layer(update: Update, shape: Shape) -> bool:
         case Orthogonal():
             blocks = update.vectors.spec.shape[0]
             return inputs % update.block_size == 0 and (update.repeated or blocks == inputs // update.block_size)
+        case Reflected():
+            return len(update.vectors.spec.shape) == 2 and update.vectors.spec.shape[0] == inputs
         case Butterfly():
             factors = update.blocks.spec.shape
             return update.scale.spec.elements == shape[0] and factors[1] * factors[2] == inputs

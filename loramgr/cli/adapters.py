@@ -18,6 +18,7 @@ from loramgr.cli.options import (
     pair,
     plot_option,
     ref_argument,
+    start_option,
 )
 from loramgr.cli.session import Session
 
@@ -39,7 +40,7 @@ SORT_HELP = "Order: name, created, rank, bytes, parameters or metric:K; with - b
 @click.option("--parent", "parents", multiple=True, metavar="REF", help="Its parent.  [default: the latest version]")
 @click.option("--all", "everything", is_flag=True, help="Add the adapters beneath PATH too where it is one itself.")
 @hint_options
-@initial_option
+@start_option
 @force_option
 @jobs_option
 @click.pass_obj

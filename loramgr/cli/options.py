@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -28,6 +28,7 @@ __all__ = [
     "part",
     "plot_option",
     "ref_argument",
+    "start_option",
     "yes_option",
 ]
 
@@ -87,6 +88,11 @@ def hint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return alpha(slices(command))
 
 
+def start(text: str) -> Path | Literal["base"]:
+    """Return the path, or the word base; a folder of that name is ./base."""
+    return "base" if text == "base" else Path(text)
+
+
 _folder = click.Path(path_type=Path)
 
 initial_option = click.option(
@@ -94,6 +100,14 @@ initial_option = click.option(
     type=_folder,
     metavar="PATH",
     help="The adapter before its training, of one that began by changing the base (PiSSA, OLoRA, CorDA, LoRA-GA).",
+)
+
+start_option = click.option(
+    "--initial",
+    type=start,
+    metavar="PATH|base",
+    help="The adapter before its training, of one that began by changing the base (PiSSA, OLoRA, CorDA, LoRA-GA); "
+    "`base`: compute it of the base (PiSSA, OLoRA).",
 )
 
 ref_argument = click.argument("ref")

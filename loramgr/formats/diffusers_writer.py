@@ -111,8 +111,11 @@ def _tensors(module: str, update: LowRank, bias: TensorView | None) -> list[Writ
     views = {"lora_A.weight": update.lora_A, "lora_B.weight": update.lora_B}
     if bias is not None:
         views["lora_B.bias"] = bias
-    if update.magnitude is not None:
-        views["lora_magnitude_vector"] = update.magnitude
+    if (
+        update.magnitude is not None
+    ):  # transformers, which reads those of text encoders, takes the parameter's whole name
+        is_text = component_of(module, ".").startswith("text_encoder")
+        views["lora_magnitude_vector" + (".weight" if is_text else "")] = update.magnitude
     return [
         WrittenTensor(TensorSpec(f"{module}.{end}", view.spec.dtype, view.spec.shape), view.read_bytes)
         for end, view in views.items()

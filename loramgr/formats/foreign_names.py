@@ -1,8 +1,8 @@
 """Module names of kohya, LyCORIS and diffusers, resolved against the modules of a base.
 
 diffusers puts the pipeline's component first (`unet.down_blocks…`). kohya also writes underscores in place of dots; the
-spelling loses which underscores were dots, so only the base's own names can say it. A name that fits two modules, or
-none, is refused.
+spelling loses which underscores were dots, so only the base's own names can say it, or those that its modules have in
+another layout of the same model. A name that fits two modules, or none, is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Literal
 from loramgr.adapter import Decomposed, LowRank, Update
 from loramgr.errors import IncompatibleError
 from loramgr.formats.factor_views import reshaped
+from loramgr.formats.other_layouts import other_names
+from loramgr.formats.row_pieces import Cut, joined, placed
 from loramgr.tensorfile import TensorSpec
 
 __all__ = ["ForeignNames", "component_of", "flattened", "is_spelled", "kohya_component"]
@@ -120,20 +122,21 @@ class ForeignNames:
         """
         model_type = (config or {}).get("model_type")
         prefixes = _PREFIXES | ({model_type} if isinstance(model_type, str) else set())
-        known = sorted({name.rpartition(".")[0] for name in specs if "." in name})
+        others = other_names(specs)
+        known = sorted({name.rpartition(".")[0] for name in specs if "." in name} | others.keys())
         bases = _Modules(known, self.separator, prefixes)
         found: dict[str, str] = {}
         for component in sorted({component_of(module, self.separator) for module in self.modules}):
             mine = [name for name in self.modules if component_of(name, self.separator) == component]
             found |= bases.resolved(component, mine)
-        resolved: dict[str, Update] = {}
+        cuts: dict[str, list[Cut]] = {}
         for name, update in updates.items():
             module, _, parameter = name.rpartition(".")
-            target = f"{found[module]}.{parameter}" if module in found else name
-            if target in resolved:
-                raise IncompatibleError(f"two modules of the adapter are {target.rpartition('.')[0]} of the base")
-            resolved[target] = _as_stored(update, specs.get(target))
-        return resolved
+            own = found.get(module, module)
+            whole = {f"{own}.{parameter}": [Cut(name, update)]}
+            for target, parts in (placed(name, update, others[own]) if own in others else whole).items():
+                cuts.setdefault(target, []).extend(parts)
+        return {target: _as_stored(joined(target, parts, specs), specs.get(target)) for target, parts in cuts.items()}
 
 
 def _as_stored(update: Update, spec: TensorSpec | None) -> Update:

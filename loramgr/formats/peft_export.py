@@ -16,6 +16,7 @@ from loramgr.adapter import (
     LowRank,
     Opaque,
     Orthogonal,
+    Reflected,
     Replacement,
     Scale,
     Shift,
@@ -37,7 +38,7 @@ _NOT_HELD: tuple[tuple[type[Update] | tuple[type[Update], ...], str], ...] = (
     (Hadamard, "the product of two deltas, entry by entry (LoHa), has no low rank"),
     (Kronecker, "a Kronecker product (LoKr) has no low rank"),
     (Scale, "it multiplies the outputs or inputs of the weight (IA3)"),
-    ((Orthogonal, Butterfly), "it rotates the weight (OFT, BOFT)"),
+    ((Orthogonal, Butterfly, Reflected), "it rotates or reflects the weight (OFT, BOFT, HRA)"),
     (Decomposed, "its norms (DoRA) are not those of a linear layer or an embedding"),
 )
 

@@ -7,7 +7,9 @@ and train W - s · B0 A0 + s · B A, which is W + s · [B, -B0] [A; A0]: LoRA on
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from loramgr.views import ComputedTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_from_initial", "write_plain"]
+__all__ = ["read_as_plain", "read_from_initial", "without", "write_plain"]
 
 
 def read_from_initial(folder: Path, initial: Path) -> Adapter:
@@ -39,14 +41,35 @@ def read_from_initial(folder: Path, initial: Path) -> Adapter:
     start = adapter_files(initial).folder
     if start.resolve() == folder.resolve():
         raise UsageError(f"{initial} is the trained adapter itself", "name the one that was saved before the training")
-    trained, method = _read_plain(folder)
-    before, began = _read_plain(start)
+    trained, method = read_as_plain(folder)
+    before, began = read_as_plain(start)
     if method is None:
         said = trained.config.get("init_lora_weights")
         raise UsageError(f"{folder}: init_lora_weights {said!r} leaves the base as it is", "leave --initial away")
-    if began not in (None, method):
+    if began is not None and _kind(began) != _kind(method):
         raise IncompatibleError(f"{initial} began as {began}, and {folder} as {method}")
-    return _subtracted(trained, before, initial)
+    return _subtracted(trained, _pairs(trained, before, initial))
+
+
+def _kind(init: str) -> str:
+    return init.lower().partition("_niter_")[0]
+
+
+def without(trained: Adapter, before: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Adapter:
+    """Return the adapter as plain LoRA with lora_A and lora_B, by parameter, taken out: what was computed of a base.
+
+    They are float64, (r, in) and (out, r), and are rounded to float32 or kept where the adapter has float64. A module
+    that is not in `before` began with nothing. Raises IncompatibleError, naming the parameter, for factors that are
+    not stored as those of a layer.
+    """
+    pairs: dict[str, tuple[LowRank, LowRank | None]] = {}
+    for name, one in trained.updates.items():
+        if rank_of(one) is None:
+            continue
+        if not (isinstance(one, LowRank) and {view.spec for view in one.views()} <= set(trained.specs)):
+            raise _not_stored(name)
+        pairs[name] = (one, _computed(one, *before[name]) if name in before else None)
+    return _subtracted(trained, pairs)
 
 
 def write_plain(adapter: Adapter, folder: Path) -> None:
@@ -56,8 +79,11 @@ def write_plain(adapter: Adapter, folder: Path) -> None:
     write_safetensors(folder / WEIGHTS, adapter.tensors, {"format": "pt", **recorded})
 
 
-def _read_plain(folder: Path) -> tuple[Adapter, str | None]:
-    """Return the adapter read as if its factors were all, and the initialisation that says otherwise."""
+def read_as_plain(folder: Path) -> tuple[Adapter, str | None]:
+    """Return the adapter read as if its factors were all, and the initialisation that says otherwise, None for none.
+
+    Raises as `read_peft`, and UsageError for a method that is not LoRA.
+    """
     fields, tensors, metadata = load_parts(folder)
     if peft_type(fields) != LORA:
         raise UsageError(
@@ -67,15 +93,30 @@ def _read_plain(folder: Path) -> tuple[Adapter, str | None]:
     if method is None:
         return read_parts(fields, tensors, metadata), None
     plain = Fields(fields.path, {**fields.content, "init_lora_weights": True})
-    return read_parts(plain, tensors, metadata), method
+    return read_parts(plain, tensors, metadata), str(fields.content["init_lora_weights"])
 
 
-def _subtracted(trained: Adapter, before: Adapter, initial: Path) -> Adapter:
-    pairs = _pairs(trained, before, initial)
+def _computed(one: LowRank, lora_A: torch.Tensor, lora_B: torch.Tensor) -> LowRank:
+    """Return computed factors in the place of an adapter's own."""
+    wide = "F64" in {one.lora_A.spec.dtype, one.lora_B.spec.dtype}
+    made = (
+        ComputedTensor(
+            TensorSpec(view.spec.name, "F64" if wide else "F32", view.spec.shape), partial(_as, tensor, wide)
+        )
+        for view, tensor in ((one.lora_A, lora_A), (one.lora_B, lora_B))
+    )
+    return replace(one, lora_A=next(made), lora_B=next(made))
+
+
+def _as(tensor: torch.Tensor, wide: bool) -> torch.Tensor:
+    return tensor if wide else tensor.float()
+
+
+def _subtracted(trained: Adapter, pairs: Mapping[str, tuple[LowRank, LowRank | None]]) -> Adapter:
     tensors, updates = dict(trained.tensors), dict(trained.updates)
     made: dict[str, LowRank] = {}
     for name, (one, other) in pairs.items():
-        joined = _joined(one, other)
+        joined = one if other is None else _joined(one, other)
         made[name.removesuffix(".weight")] = joined
         updates[name] = joined
         tensors |= {view.spec.name: view for view in (joined.lora_A, joined.lora_B)}
@@ -97,7 +138,7 @@ def _pairs(trained: Adapter, before: Adapter, initial: Path) -> dict[str, tuple[
         other = others[name]
         stored = {view.spec for each in (one, other) for view in each.views()} <= {*trained.specs, *before.specs}
         if not (isinstance(one, LowRank) and isinstance(other, LowRank) and stored):
-            raise IncompatibleError(f"{name}: its factors are not stored as those of a layer, and are not joined")
+            raise _not_stored(name)
         told = [(each.kind, each.lora_A.spec.shape, each.lora_B.spec.shape, each.scaling) for each in (one, other)]
         if told[0] != told[1]:
             raise IncompatibleError(
@@ -106,6 +147,10 @@ def _pairs(trained: Adapter, before: Adapter, initial: Path) -> dict[str, tuple[
             )
         pairs[name] = (one, other)
     return pairs
+
+
+def _not_stored(name: str) -> IncompatibleError:
+    return IncompatibleError(f"{name}: its factors are not stored as those of a layer, and are not joined")
 
 
 def _described(update: LowRank) -> str:

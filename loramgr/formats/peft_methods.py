@@ -68,6 +68,18 @@ TUNERS = {
             "init_weights",
         },
     ),
+    "MISS": Tuner(
+        ("miss_block",),
+        _LAYERS | {"r", "miss_dropout", "mini_r", "bias", "init_weights"},
+    ),
+    "HRA": Tuner(
+        ("hra_u",),
+        _LAYERS | {"r", "apply_GS", "bias", "init_weights"},
+    ),
+    "C3A": Tuner(
+        ("c3a_kernel",),
+        _LAYERS | {"block_size", "block_size_pattern", "bias", "init_weights"},
+    ),
     "LN_TUNING": Tuner(("ln_tuning_layers",), _LAYERS),
 }  # fmt: skip
 

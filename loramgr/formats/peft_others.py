@@ -14,6 +14,7 @@ from loramgr.formats.configuration import Fields, is_number, is_rank
 from loramgr.formats.peft_config import PeftSettings, parse_settings
 from loramgr.formats.peft_keys import parse_keys
 from loramgr.formats.peft_methods import method_name, obstacle_of
+from loramgr.formats.peft_miss import read_miss
 from loramgr.formats.peft_tables import refuse_unexplained, tables_of
 from loramgr.formats.peft_tuners import split_tensors, updates_of
 from loramgr.formats.peft_variants import obstacle_of_variant, peft_type
@@ -39,6 +40,8 @@ def read_tuner(fields: Fields, method: str, tensors: dict[str, TensorView]) -> A
     naming: Naming | None = None
     if method == "VERA":
         updates, naming = read_vera(fields, modules, shared)
+    elif method == "MISS":
+        updates, naming = read_miss(fields, modules)
     else:
         updates = updates_of(method, settings, modules)
     for target in updates.keys() & tables.keys():

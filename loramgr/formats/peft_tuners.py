@@ -9,13 +9,16 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from loramgr.adapter import (
     Butterfly,
+    Delta,
     Hadamard,
     Kronecker,
     LowRank,
     Orthogonal,
+    Reflected,
     Replacement,
     Scale,
     Update,
@@ -27,6 +30,9 @@ from loramgr.formats.peft_keys import PREFIX
 from loramgr.formats.peft_methods import TUNERS
 from loramgr.tensorfile import TensorSpec, TensorView
 from loramgr.views import ComputedTensor
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TunerModule", "split_tensors", "updates_of"]
 
@@ -89,7 +95,7 @@ def split_tensors(
 def updates_of(method: str, settings: PeftSettings, modules: Mapping[str, TunerModule]) -> dict[str, Update]:
     """Turn every module's tensors into updates by parameter; raises IncompatibleError, naming the module.
 
-    Not those of VeRA, which need more than their own.
+    Not those of VeRA and MiSS, which need more than their own.
     """
     updates: dict[str, Update] = {}
     for name, module in modules.items():
@@ -200,6 +206,8 @@ def _oft(module: TunerModule, settings: PeftSettings) -> Made:
         raise module.refused(f"{role} is {vectors.spec.shape}, no triangles of skew-symmetric blocks")
     if fields.flag("block_share") and blocks != 1:
         raise module.refused(f"block_share is set, and {role} has {blocks} blocks")
+    if fields.flag("coft"):
+        vectors = _constrained(vectors, _freedom(fields))
     terms = None
     if fields.content.get("use_cayley_neumann") is None or fields.flag("use_cayley_neumann"):
         number = fields.content.get("num_cayley_neumann_terms")
@@ -213,6 +221,50 @@ def _oft(module: TunerModule, settings: PeftSettings) -> Made:
 
 def _negated(view: TensorView) -> ComputedTensor:
     return ComputedTensor(view.spec, lambda: -view.load())
+
+
+def _freedom(fields: Fields) -> float:
+    """Return how far COFT lets the rotations go, by default as PEFT does."""
+    eps = 6e-5 if fields.content.get("eps") is None else fields.number("eps")
+    if eps <= 0:
+        raise fields.refused("eps", "a number above 0")
+    return eps
+
+
+def _constrained(view: TensorView, eps: float) -> ComputedTensor:
+    """Return the triangles with every block's skew-symmetric matrix brought back to the norm eps / √blocks (COFT)."""
+    spec = TensorSpec(view.spec.name, "F64", view.spec.shape)
+    largest = eps / math.sqrt(view.spec.shape[0])
+
+    def make() -> torch.Tensor:
+        vectors = view.load().double()
+        norms = (2.0 * vectors * vectors).cumsum(1)[:, -1:].sqrt()  # both triangles; a cumulative sum has one order
+        return vectors * (largest / norms.clamp(min=largest))
+
+    return ComputedTensor(spec, make)
+
+
+def _hra(module: TunerModule, settings: PeftSettings) -> Made:
+    vectors = module.take("hra_u", (2,))
+    rank = settings.fields.rank("r")
+    if vectors.spec.shape[1] != rank:
+        raise module.refused(f"hra_u is {vectors.spec.shape}, the configuration says rank {rank}")
+    return {"weight": Reflected(vectors, settings.fields.flag("apply_GS"))}
+
+
+def _c3a(module: TunerModule, settings: PeftSettings) -> Made:
+    """W + C / inputs, every block of C circulant with the kernel as its first row (C3A, arXiv 2407.19342)."""
+    kernel = module.take("c3a_kernel", (3,))
+    rows, columns, size = kernel.spec.shape
+    spec = TensorSpec(kernel.spec.name, kernel.spec.dtype, (rows * size, columns * size))
+
+    def make() -> torch.Tensor:
+        import torch
+
+        places = (torch.arange(size)[None] - torch.arange(size)[:, None]) % size
+        return kernel.load()[:, :, places].transpose(1, 2).reshape(spec.shape)
+
+    return {"weight": Delta(ComputedTensor(spec, make), 1.0 / (columns * size))}
 
 
 def _boft(module: TunerModule, settings: PeftSettings) -> Made:
@@ -251,5 +303,7 @@ _MAKERS: dict[str, Callable[[TunerModule, PeftSettings], Made]] = {
     "ADALORA": _adalora,
     "OFT": _oft,
     "BOFT": _boft,
+    "C3A": _c3a,
+    "HRA": _hra,
     "LN_TUNING": _ln_tuning,
 }

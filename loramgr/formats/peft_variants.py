@@ -55,7 +55,8 @@ _REFUSED_KEYS = {
 
 _BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SUBTRACT = (
-    "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training; or have PEFT convert it: "
+    "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training, or of PiSSA and OLoRA "
+    "--initial base, which computes it of the base; or have PEFT convert it: "
     "model.save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL)"
 )
 _NEXT = {"loftq": "merge it with PEFT: what quantizing changed in the base is in no adapter, the initial one neither"}
@@ -88,8 +89,8 @@ def obstacle_of_variant(fields: Fields, method: str) -> str | None:
     """Return why an adapter of LoRA or of a tuner cannot be merged, None where it can."""
     if method == LORA:
         return next((why for key, why in _OBSTACLES.items() if not _is_unset(fields.content.get(key))), None)
-    if method == "OFT" and not _is_unset(fields.content.get("coft")):
-        return "constrained OFT (coft) projects its rotations while the model runs"
+    if method == "MISS" and fields.content.get("init_weights") == "bat":
+        return "the variant bat of MiSS multiplies blocks of the weight with each other, which loramgr does not compute"
     return None
 
 

@@ -40,9 +40,9 @@ from loramgr.workspace.adapters import (
 )
 from loramgr.workspace.finetunes import is_whole_model, written_difference
 from loramgr.workspace.home import Home, NewFiles, file_state
-from loramgr.workspace.initials import written_plain
+from loramgr.workspace.initials import written_from_base, written_plain
 from loramgr.workspace.matching import Match, Matcher
-from loramgr.workspace.options import AddOptions
+from loramgr.workspace.options import FROM_BASE, AddOptions
 from loramgr.workspace.sources import absolute, slug
 
 __all__ = ["add_adapter", "add_all", "holds_several"]
@@ -86,8 +86,10 @@ def add_adapter(home: Home, path: Path, options: AddOptions) -> AddedVersion:
     ConflictError when a tag belongs to another version.
     """
     _check_options(options)
+    if options.initial == FROM_BASE:
+        return _add_started_by_base(home, path, options)
     if options.initial is not None:
-        return _add_trained_from(home, path, options, options.initial)
+        return _add_trained_from(home, path, options, Path(options.initial))
     if options.base is not None and is_whole_model(path):
         return _add_fine_tune(home, path, options, options.base)
     addition = _add(home, [_Source(path, options.name if options.name is not None else natural_name(path))], options)
@@ -109,6 +111,14 @@ def _add_trained_from(home: Home, path: Path, options: AddOptions, initial: Path
     name = options.name if options.name is not None else natural_name(path)
     with written_plain(home, path, initial, options.include) as (folder, recipe):
         return add_adapter(home, folder, replace(options, name=name, initial=None, recipe=recipe))
+
+
+def _add_started_by_base(home: Home, path: Path, options: AddOptions) -> AddedVersion:
+    """Import an adapter less what its initialisation took out of the base."""
+    name = options.name if options.name is not None else natural_name(path)
+    with written_from_base(home, path, options.base, options.include) as (folder, recipe, notes):
+        added = add_adapter(home, folder, replace(options, name=name, initial=None, recipe=recipe))
+    return replace(added, warnings=[*notes, *added.warnings])
 
 
 def add_all(home: Home, folder: Path, options: AddOptions) -> Addition:

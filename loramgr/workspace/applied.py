@@ -14,6 +14,7 @@ from loramgr.adapter import (
     LowRank,
     Orthogonal,
     Patch,
+    Reflected,
     Scale,
 )
 from loramgr.errors import IncompatibleError
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Additive", "Rebuilding", "applied", "delta_of", "patched"]
 
 Additive = Hadamard | Kronecker | Delta | Experts  # the tensor gets a delta that depends on the adapter alone
-Rebuilding = Scale | Orthogonal | Butterfly | Decomposed | Patch  # what the tensor becomes depends on what it was
+Rebuilding = (
+    Scale | Orthogonal | Butterfly | Reflected | Decomposed | Patch
+)  # what the tensor becomes depends on what it was
 
 
 def delta_of(update: Additive | LowRank, shape: tuple[int, ...] | None) -> torch.Tensor:
@@ -87,7 +90,7 @@ def applied(update: Rebuilding, start: torch.Tensor, *, transposed: bool) -> tor
     return result.T if transposed else result
 
 
-def _applied(update: Scale | Orthogonal | Butterfly | Decomposed, weight: torch.Tensor) -> torch.Tensor:
+def _applied(update: Scale | Orthogonal | Butterfly | Reflected | Decomposed, weight: torch.Tensor) -> torch.Tensor:
     from loramgr.algebra import dense
 
     match update:
@@ -100,6 +103,10 @@ def _applied(update: Scale | Orthogonal | Butterfly | Decomposed, weight: torch.
         case Butterfly():
             flat = weight.flatten(1)
             return dense.butterfly(flat, update.blocks.load(), update.scale.load()).reshape(weight.shape)
+        case Reflected():
+            return dense.reflected(weight.flatten(1), update.vectors.load(), orthonormal=update.orthonormal).reshape(
+                weight.shape
+            )
         case Decomposed():
             direction = weight.double() + delta_of(update.inner, tuple(weight.shape))
             return dense.decomposed(direction, update.magnitude.load(), int(update.by_input), update.epsilon)

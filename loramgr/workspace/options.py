@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
+    "FROM_BASE",
     "NUMERICS",
     "AddOptions",
     "ComposeOptions",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 NUMERICS = ("exact", "fast")
+FROM_BASE: Literal["base"] = "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class AddOptions:
     configuration names; `include` are globs of further files to keep; `parents` empty: the latest version; `force`
     imports what would be refused for NaN or infinite values or for a base that does not fit; `recipe` is how it was
     made of others, as JSON, None for a checkpoint that was trained. `alpha`, `enable_lora` and `initial` are what the
-    files do not say, as in `ReadHints`.
+    files do not say, as in `ReadHints`; `initial` "base": what PiSSA or OLoRA began with is computed of the base.
     """
 
     name: str | None = None
@@ -45,7 +47,7 @@ class AddOptions:
     recipe: Mapping[str, Any] | None = None
     alpha: float | None = None
     enable_lora: tuple[bool, ...] | None = None
-    initial: Path | None = None
+    initial: Path | Literal["base"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/disk_merge.py [--gigabytes N]... [--runs N] [--folder DIR] [--no-peft]
 
-Whole processes, in turns so that a busy machine slows all of them; medians, and medians of the ratios of one turn.
+Whole processes, in turns so that a busy machine slows all of them, and each turn begins with another one, since what a
+process leaves in memory and on the disk helps or hinders the next; medians, and medians of the ratios of one turn.
 `cp -r` and `sync` is the floor. The time of `import torch`, measured in the same turn, is taken off both Python
 programs. Peak resident memory is that of the process, as the kernel counts it. The base is registered beforehand.
 """
@@ -155,8 +156,8 @@ def run(*command: str | Path) -> Run:
     return Run(took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def turn(place: Path, kind: str, *, peft: bool) -> dict[str, Run]:
-    """Run every contender once and return what each took."""
+def turn(place: Path, kind: str, first: int, *, peft: bool) -> dict[str, Run]:
+    """Run every contender once, in a cycle from the given one, and return what each took."""
     output, base, adapter = place / "output", place / "base", place / kind.partition(" ")[0]
     loramgr: list[str | Path] = [sys.executable, "-m", "loramgr", "--home", place / "home", "--quiet"]
     runs = {"import": run(sys.executable, "-c", "import torch")}
@@ -167,8 +168,9 @@ def turn(place: Path, kind: str, *, peft: bool) -> dict[str, Run]:
     if peft:
         synced = f"'{sys.executable}' -c '{PEFT}' '{base}' '{adapter}' '{output}' && sync -f '{output}'"
         commands["peft"] = ["sh", "-c", synced]
-    for name, command in commands.items():
-        runs[name] = run(*command)
+    for at in range(len(commands)):
+        name = list(commands)[(first + at) % len(commands)]
+        runs[name] = run(*commands[name])
         shutil.rmtree(output)
     return runs
 
@@ -196,8 +198,8 @@ def measure(place: Path, gigabytes: float, options: argparse.Namespace) -> bool:
     met = True
     for kind, (rank, targets) in TARGETS.items():
         apart(make_adapter, place / kind.partition(" ")[0], layers, rank, targets)
-        turns = [turn(place, kind, peft=not options.no_peft) for _ in range(options.runs)]
-        for name in turns[0].keys() - {"import"}:
+        turns = [turn(place, kind, first, peft=not options.no_peft) for first in range(options.runs)]
+        for name in sorted(turns[0].keys() - {"import"}):
             took = medians(turns, name)
             told = f"{took.seconds:.2f} | {ratio(turns, name, 'copy'):.2f} | {took.cpu:.1f} | {took.peak / 1e6:.0f}"
             print(f"| {size / 1e9:.1f} GB | {kind} | {name} | {told} |", flush=True)

@@ -25,6 +25,7 @@ __all__ = [
     "known_entries",
     "live_there",
     "local_log",
+    "stored",
     "went_apart",
 ]
 
@@ -67,8 +68,12 @@ def local_log(home: Home, reader: Reader, name: str) -> list[Entry]:
 
 def log_of_root(home: Home, reader: Reader, root: str) -> list[Entry]:
     """Return the entries of the log that begins with this one, first to last; empty when there is none."""
-    digests = reversed(reader.newest_entries(root, None))
-    return [Entry.decode(home.store.entries.get(digest)) for digest in digests]
+    return stored(home, reader.newest_entries(root, None)[::-1])
+
+
+def stored(home: Home, digests: Sequence[str]) -> list[Entry]:
+    """Return entries of this home by their digests; IntegrityError for one that is missing or damaged."""
+    return [Entry.stored(digest, home.store.entries.get(digest)) for digest in digests]
 
 
 def find_log(remote: Remote, name: str, here: Sequence[Entry], known: KnownEntry) -> RemoteLog | None:

@@ -309,6 +309,33 @@ def test_what_has_no_end_is_given_up(swaps: bool, monkeypatch: pytest.MonkeyPatc
         assert store.taken < 20_000
 
 
+class Garbled(MemoryStore):
+    """Damages one key of its first listing so that it names nothing, or nothing in its folder."""
+
+    listings = 0
+
+    def list(self, prefix: str) -> Iterator[StoredKey]:
+        self.listings += 1
+        for at, stored in enumerate(super().list(prefix)):
+            yield replace(stored, key=f"{stored.key[:-1]}`") if at == 0 and self.listings == 1 else stored
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_listing_that_is_damaged_on_its_way_hides_nothing(swaps: bool) -> None:
+    tag = Entry("adapter", "tag", "sql", PLAIN.digest, PLAIN.time, "somebody", {"tag": "prod", "number": 1})
+    store = Garbled(swaps=swaps)
+    store.keys = remote_of(PLAIN, tag, swaps=swaps).keys
+    uses: list[Callable[[LogRemote], object]] = [
+        lambda remote: remote.names(),
+        lambda remote: [log.name for log in remote.logs(nothing_known) if len(log.entries) == 2],
+        lambda remote: ["sql"] if len(getattr(remote.log("sql", nothing_known), "entries", ())) == 2 else [],
+    ]
+    for use in uses:
+        store.listings = 0
+        assert use(LogRemote(store)) == ["sql"]
+        store.keys["logs/sql/of somebody else"] = store.keys["heads/of/somebody else"] = (b"", datetime.now(UTC))
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_entries_with_a_flipped_byte_are_never_believed(seed: int) -> None:
     data = bytearray(PLAIN.encode())

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from loramgr.log import Entry
 
-__all__ = ["ends", "original", "said_by", "set_aside"]
+__all__ = ["covers", "ends", "original", "said_by", "set_aside"]
 
 _COMPARED = 100  # branches of one log that are compared with all others of it; beyond these each counts
 
@@ -34,6 +34,15 @@ def said_by(entry: Entry) -> list[str]:
         return [original(entry)]
     replaces = entry.content.get("replaces") if isinstance(entry.content, dict) else None
     return [digest for digest in replaces if isinstance(digest, str)] if isinstance(replaces, list) else []
+
+
+def covers(branch: Iterable[Entry], other: Iterable[Entry]) -> bool:
+    """Say whether a branch accounts for all that another one says, whatever the numbers and the order there are.
+
+    What rebases of the other one named is not asked for: it says nothing new where it was named.
+    """
+    said = {each for entry in branch for each in (entry.digest, *said_by(entry))}
+    return all(entry.kind == "rebase" or original(entry) in said for entry in other)
 
 
 def ends(entries: Iterable[Entry]) -> list[str]:

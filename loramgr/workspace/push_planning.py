@@ -17,7 +17,16 @@ from loramgr.workspace.home import Home
 from loramgr.workspace.options import PushOptions
 from loramgr.workspace.rebasing import rebase_here
 from loramgr.workspace.recovering_there import recover
-from loramgr.workspace.remote_logs import compare, find_log, known_entries, live_there, local_log, stored, went_apart
+from loramgr.workspace.remote_logs import (
+    compare,
+    find_log,
+    known_entries,
+    live_there,
+    local_log,
+    says_the_same,
+    stored,
+    went_apart,
+)
 from loramgr.workspace.remotes import Place
 
 __all__ = ["Plan", "Sending", "planned"]
@@ -79,7 +88,11 @@ def planned(sending: Sending, name: str) -> Plan:
     log = _log_there(sending, name, here)
     found = compare(here, log)
     notes: list[str] = []
-    if log is not None and (found.state in ("diverged", "forked")):
+    if log is not None and says_the_same(here, found):
+        notes.append(f"{label} has all of {name} already, in a log with other numbers or in another order")
+        here = found.there
+        found = compare(here, log)
+    elif log is not None and (found.state in ("diverged", "forked")):
         if not sending.options.rebase:
             raise went_apart(name, label, found, log.heads)
         here, notes = rebase_here(sending.home, here, log, label, dry_run=sending.options.dry_run)

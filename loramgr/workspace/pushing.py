@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from functools import partial
 
@@ -17,7 +18,7 @@ from loramgr.workspace.push_planning import Plan, Sending, planned
 from loramgr.workspace.push_sending import append, send
 from loramgr.workspace.racing import until_won
 from loramgr.workspace.remote_logs import known_entries
-from loramgr.workspace.remotes import resolve
+from loramgr.workspace.remotes import ORIGIN, resolve
 from loramgr.workspace.transfers import Failures, Moved, bar, tried
 
 __all__ = ["push"]
@@ -96,7 +97,7 @@ def _push_once(sending: Sending, jobs: int, name: str) -> Moved:
         raise NotFoundError(f"there is no adapter {name!r}, neither here nor at {sending.place.label}", "loramgr list")
     sizes = {digest: file.bytes for digest, file in plan.files.items()}
     lacking = survey(home, remote, plan.contents, thorough=sending.options.repair)
-    _check_at_hand(home, plan, lacking.files)
+    _check_at_hand(sending, plan, lacking.files)
     if sending.options.dry_run and plan.entries:
         remote.check(plan.expected, plan.entries)
     if not sending.options.dry_run:
@@ -115,8 +116,9 @@ def _push_once(sending: Sending, jobs: int, name: str) -> Moved:
     return Moved(len(sent), len(plan.files) - len(sent), size, len(plan.entries), versions, notes)
 
 
-def _check_at_hand(home: Home, plan: Plan, missing: Collection[str]) -> None:
+def _check_at_hand(sending: Sending, plan: Plan, missing: Collection[str]) -> None:
     """Refuse to push a version whose files are neither here nor at the remote."""
+    home = sending.home
     for entry in plan.versions:
         version = entry.content["version"]
         lacking = [each for each in files_of_entry(entry) if each in missing and not home.store.blobs.contains(each)]
@@ -125,7 +127,8 @@ def _check_at_hand(home: Home, plan: Plan, missing: Collection[str]) -> None:
         remote = home.store.promised.remote_of(version)
         if lacking and remote is not None:
             ref = f"{plan.name}@v{entry.content['number']}"
-            raise NotFoundError(f"the files of {ref} are not here, but at {remote}", f"loramgr pull {ref}")
+            source = "" if remote in (ORIGIN, sending.place.label) else f" --from {shlex.quote(remote)}"
+            raise NotFoundError(f"the files of {ref} are not here, but at {remote}", f"loramgr pull {ref}{source}")
 
 
 def _mended(sending: Sending, plan: Plan, lacking: Lacking) -> list[str]:

@@ -14,8 +14,10 @@ import pytest
 from logbook import summary
 from remote_world import Line, MemoryStore, nothing_known
 
+from loramgr.catalog.chains import follow
 from loramgr.digests import canonical_json, digest_bytes
 from loramgr.errors import IntegrityError, LoramgrError
+from loramgr.forks import covers
 from loramgr.log import Entry
 from loramgr.records import FileRecord
 from loramgr.remotes import reading
@@ -188,6 +190,23 @@ def test_the_plain_entry_of_these_tests_is_taken() -> None:
 )
 def test_an_entry_that_does_not_follow_is_refused(second: Entry) -> None:
     check_refused(remote_of(PLAIN, replace(second, predecessor=PLAIN.digest)))
+
+
+@pytest.mark.parametrize("claim", ["original", "replaces"])
+def test_a_log_that_claims_what_another_says_does_not_stand_for_it(claim: str) -> None:
+    first = with_content(version=HERE, message="of the victim")
+    victim = [first, replace(PLAIN, predecessor=first.digest, content=PUBLISHED | {"number": 2})]
+    mine = replace(PLAIN, name="other", content=PUBLISHED | {"message": "of the claimant"})
+    hostile = [mine]
+    for entry in victim:
+        content = {"original": entry.digest, "tag": "a", "number": 1}
+        kind, said = ("tag", content) if claim == "original" else ("rebase", {"replaces": [entry.digest]})
+        hostile.append(Entry("adapter", kind, "other", hostile[-1].digest, PLAIN.time, "somebody", said))
+    for entries in ([*hostile, *victim], [*victim, *hostile]):
+        chains = follow(entries)
+        assert sorted(map(len, chains.logs)) == [2, 3]
+        assert chains.forks == []
+    assert not covers(hostile, victim)
 
 
 def test_bytes_that_their_key_does_not_name_are_refused() -> None:

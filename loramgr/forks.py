@@ -4,8 +4,8 @@ Every entry that a command wrote is an *original*. A rebase copies originals to 
 its original, and a `rebase` entry names the originals that said nothing new there. So a branch by itself shows which
 originals it says, and that set decides, whoever put the branch together, and in whatever order:
 
-* A branch that says all that another one says, and more, stands for it: the other is set aside. It has to have the
-  versions too: a log that only names what another one published, whoever wrote it, stands for nothing.
+* A branch that says all that another one says, and more, stands for it: the other is set aside. For a log of its own it
+  has to have the versions too: whoever only names what another log published does not stand for it.
 * Of branches that say the same, one stands for all: the shorter, else the earlier, else the one with the lesser digest.
 
 Clients that put the same fork together at once are thereby done: whatever each of them saw, what says all is the log.
@@ -183,8 +183,10 @@ class _Forest:
         return True
 
     def _has_version(self, leaf: str, entry: Entry) -> bool:
+        """Tell whether a branch has the version that an entry of another log publishes; of its own log it need not."""
         version = _version(entry)
-        return version is None or any(self._is_above(digest, leaf) for digest in self._publishers[version])
+        at_home = self._root[leaf] == self._root[entry.digest]
+        return at_home or version is None or any(self._is_above(digest, leaf) for digest in self._publishers[version])
 
     def _is_above(self, digest: str, leaf: str) -> bool:
         return self._begin[digest] <= self._begin[leaf] < self._end[digest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,7 @@ PUBLISHED: dict[str, Any] = {
 }
 FILE = {"path": "a", "digest": HERE, "bytes": 3}
 PLAIN = Entry("adapter", "publish", "sql", None, "2026-01-01T00:00:00Z", "somebody", PUBLISHED)
+UNPRINTABLE = ("a\nb", "a\rb", "a\x1b[2Jb", "a\x7fb", "a\x9bb", "a\u2028b")
 UNCONTAINED = ("../a", "/a", "a/../../b", "..", "", ".", "a//b", "./a", "a/", "..\\a", "C:\\a", "C:a", "a\\b", "a\0b")
 
 
@@ -124,6 +126,9 @@ ENTRIES: dict[str, Entry | bytes] = {
     "a text without an end": b'{"a":[[' + b"[" * 100 + b'"' + b'\\"' * 1_000_000,
     "brackets in a text without an end": b"[" * 65 + b'"' + b"[" * 90_000 + b"\\",
     "too many bytes": b" " * (5 << 20),
+    **{f"the path {path!r}": with_files(FILE | {"path": path}) for path in UNPRINTABLE},
+    "two paths that differ in their case": with_files(FILE, FILE | {"path": "A"}),
+    "two paths that look alike": with_files(FILE | {"path": "\u00e9"}, FILE | {"path": "e\u0301"}),
 }
 
 
@@ -273,7 +278,8 @@ def test_a_description_that_is_none_is_refused(described: bytes, tmp_path: Path)
     "manifest",
     [
         *(b"", b"[]", b"{}", b'{"files":[]} ', b"[" * 100_000, b'{"files":1}'),
-        *(canonical_json({"files": [FILE | {"path": path}]}) for path in UNCONTAINED),
+        *(canonical_json({"files": [FILE | {"path": path}]}) for path in (*UNCONTAINED, *UNPRINTABLE)),
+        canonical_json({"files": [FILE | {"path": f"{at}"} for at in range(100_001)]}),
         canonical_json({"files": [FILE, FILE]}),
         canonical_json({"files": [FILE | {"bytes": 1e300}]}),
         b'{"files":[],"x":' + b"9" * 5000 + b"}",
@@ -422,6 +428,33 @@ def test_links_in_a_folder_are_not_followed(home: Home, tmp_path: Path, part: st
     with pytest.raises(LoramgrError) as caught:
         pull(home, ["sql"], PullOptions(f"file:{remote}"))
     assert caught.value.exit_code in (4, 5)
+    assert everything(home.path) == before
+
+
+@pytest.mark.parametrize("part", ["loramgr.json", "heads/sql", "logs/sql", "manifests", "blobs"])
+@pytest.mark.parametrize("what", ["pipe", "link", "sparse"])
+def test_what_is_no_file_in_a_folder_is_refused(home: Home, tmp_path: Path, part: str, what: str) -> None:
+    line = Line(tmp_path)
+    line.publish({"a": b"abc"})
+    store = MemoryStore()
+    line.push(LogRemote(store))
+    remote = tmp_path / "remote"
+    spread(store, remote)
+    path = next(path for path in (remote / part, *(remote / part).rglob("*")) if path.is_file())
+    path.rename(tmp_path / "elsewhere")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "link":
+        path.symlink_to(tmp_path / "elsewhere")  # the right bytes, but not the remote's
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    before = everything(home.path)
+    listed = part != "heads/sql" or what == "sparse"  # what is no file is no key, and without a head is no log to list
+    for refs in (["sql"], *([[]] if listed else [])):
+        with pytest.raises(LoramgrError) as caught:
+            pull(home, refs, PullOptions(f"file:{remote}"))
+        assert caught.value.exit_code == 5
     assert everything(home.path) == before
 
 

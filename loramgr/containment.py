@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from loramgr.errors import IncompatibleError, IntegrityError
 
-__all__ = ["is_contained", "resolve_inside"]
+__all__ = ["is_contained", "is_printable", "resolve_inside"]
 
 _CACHE_PREFIXES = ("models--", "datasets--", "spaces--")
 
@@ -41,6 +42,11 @@ def is_contained(name: str) -> bool:
     parts = PurePosixPath(name)
     plain = bool(parts.parts) and not ("\0" in name or "\\" in name)
     return plain and not (parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts)
+
+
+def is_printable(name: str) -> bool:
+    """Say whether a name has no control characters, which a terminal would obey, and no halves of characters."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name)
 
 
 def _cache_blobs(root: Path) -> tuple[Path, ...]:

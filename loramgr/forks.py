@@ -4,7 +4,8 @@ Every entry that a command wrote is an *original*. A rebase copies originals to 
 its original, and a `rebase` entry names the originals that said nothing new there. So a branch by itself shows which
 originals it says, and that set decides, whoever put the branch together, and in whatever order:
 
-* A branch that says all that another one says, and more, stands for it: the other is set aside.
+* A branch that says all that another one says, and more, stands for it: the other is set aside. For a log of its own it
+  has to have the versions too: whoever only names what another log published does not stand for it.
 * Of branches that say the same, one stands for all: the shorter, else the earlier, else the one with the lesser digest.
 
 Clients that put the same fork together at once are thereby done: whatever each of them saw, what says all is the log.
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from loramgr.log import Entry
 
-__all__ = ["ends", "original", "said_by", "set_aside"]
+__all__ = ["covers", "ends", "original", "said_by", "set_aside"]
 
 _COMPARED = 100  # branches of one log that are compared with all others of it; beyond these each counts
 
@@ -34,6 +35,17 @@ def said_by(entry: Entry) -> list[str]:
         return [original(entry)]
     replaces = entry.content.get("replaces") if isinstance(entry.content, dict) else None
     return [digest for digest in replaces if isinstance(digest, str)] if isinstance(replaces, list) else []
+
+
+def covers(branch: Iterable[Entry], other: Iterable[Entry]) -> bool:
+    """Say whether a branch accounts for all that another one says, whatever the numbers and the order there are.
+
+    What rebases of the other one named is not asked for: it says nothing new where it was named.
+    """
+    known = list(branch)
+    said = {each for entry in known for each in (entry.digest, *said_by(entry))}
+    versions = {_version(entry) for entry in known} | {None}
+    return all(entry.kind == "rebase" or (original(entry) in said and _version(entry) in versions) for entry in other)
 
 
 def ends(entries: Iterable[Entry]) -> list[str]:
@@ -57,6 +69,12 @@ def set_aside(entries: Iterable[Entry]) -> set[str]:
     return _Forest(known).aside()
 
 
+def _version(entry: Entry) -> str | None:
+    """Return the digest of the version that an entry publishes, None where it publishes none."""
+    version = entry.content.get("version") if entry.kind == "publish" and isinstance(entry.content, dict) else None
+    return version if isinstance(version, str) else None
+
+
 class _Forest:
     """Entries as the trees that they are: each one stands under its predecessor, and branches end in leaves."""
 
@@ -64,8 +82,10 @@ class _Forest:
         self._known = {entry.digest: entry for entry in entries}
         self._followers: defaultdict[str | None, list[str]] = defaultdict(list)
         self._sayers: defaultdict[str, list[str]] = defaultdict(list)
+        self._publishers: defaultdict[str | None, list[str]] = defaultdict(list)
         for digest, entry in self._known.items():
             self._followers[entry.predecessor if entry.predecessor in self._known else None].append(digest)
+            self._publishers[_version(entry)].append(digest)
             for said in said_by(entry):
                 self._sayers[said].append(digest)
         self._begin: dict[str, int] = {}
@@ -154,12 +174,19 @@ class _Forest:
         seen: list[str] = []
         while digest in self._known and digest not in proved and not self._is_above(digest, leaf):
             entry = self._known[digest]
-            if not (self._says(leaf, digest) or all(self._says(leaf, said) for said in said_by(entry))):
+            said = self._says(leaf, digest) or all(self._says(leaf, said) for said in said_by(entry))
+            if not (said and self._has_version(leaf, entry)):
                 return False
             seen.append(digest)
             digest = entry.predecessor
         proved.update(seen)
         return True
+
+    def _has_version(self, leaf: str, entry: Entry) -> bool:
+        """Tell whether a branch has the version that an entry of another log publishes; of its own log it need not."""
+        version = _version(entry)
+        at_home = self._root[leaf] == self._root[entry.digest]
+        return at_home or version is None or any(self._is_above(digest, leaf) for digest in self._publishers[version])
 
     def _is_above(self, digest: str, leaf: str) -> bool:
         return self._begin[digest] <= self._begin[leaf] < self._end[digest]

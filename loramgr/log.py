@@ -80,6 +80,13 @@ class Entry:
         return digest_bytes(self._canonical() if known is None else known)
 
     @classmethod
+    def stored(cls, digest: str, data: bytes) -> Entry:
+        """Read back bytes that were hashed and have this digest, which is then not worked out again."""
+        entry = cls.decode(data)
+        vars(entry).update(digest=digest, _encoded=data)
+        return entry
+
+    @classmethod
     def decode(cls, data: bytes) -> Entry:
         """Read an entry back; IntegrityError for anything that is not one of this schema."""
         try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Generator, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -41,7 +43,12 @@ settings.load_profile("soak" if os.environ.get("LORAMGR_SOAK") else "short")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Work in memory where there is enough: a home has hundreds of folders, which a disk takes a second to delete."""
+    """Work in memory where there is enough: a home has hundreds of folders, which a disk takes a second to delete.
+
+    Whoever ends the tests by a signal, as `timeout` does, leaves no servers and no folders of theirs behind.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if config.option.basetemp is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
         config.option.basetemp = tempfile.mkdtemp(prefix="loramgr-test-", dir=MEMORY)
         config.add_cleanup(partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))

@@ -84,8 +84,9 @@ class FakeHub:
     """What the server knows and how it behaves.
 
     `fault` is asked at every request, method and path, and answers None or what goes wrong: a status, "cut" (before
-    anything is done), "lost" (it is done, and no answer comes), "truncate", "flip" (a byte of the body is another),
-    "stall". `requests` are all that came, with their headers; `uploads` the digests of large files that were put.
+    anything is done), "lost" (it is done, and no answer comes), "stall", "truncate", "flip" and "flip inside" (a byte
+    of the body is another), "short" and "long" (the length says less or more than the body has). `requests` are all
+    that came, with their headers; `uploads` the digests of large files that were put.
     """
 
     token: str = "hf_secret_of_the_tests"
@@ -187,10 +188,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.fault == "flip" and body:
             body = bytes([body[0] ^ 1]) + body[1:]
+        if self.fault == "flip inside" and body:
+            body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
+        length = {"short": len(body) // 2, "long": len(body) + 7}.get(str(self.fault), len(body))
+        self.close_connection = self.close_connection or self.fault in ("short", "long")
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command != "HEAD":
             if self.fault == "truncate":

@@ -49,11 +49,15 @@ _SENT_ON = frozenset(Fault) - frozenset(_STATUS) - {Fault.CUT_BEFORE, Fault.STAL
 
 @dataclass
 class Proxy:
-    """The proxy as a test sees it; `seen` are the requests since the last plan, as `METHOD path`."""
+    """The proxy as a test sees it; `seen` are the requests since the last plan, as `METHOD path`.
+
+    `wrong` is what WRONG_BYTES puts in the place of what; None for another byte in the middle.
+    """
 
     upstream: tuple[str, int]
     address: str = ""
     stall_seconds: float = 3.0
+    wrong: tuple[bytes, bytes] | None = None
     seen: list[str] = field(default_factory=list)
     faulted: list[str] = field(default_factory=list)
     _fault: Fault | None = None
@@ -152,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         half = len(body) // 2
         if fault is Fault.WRONG_BYTES:
             wrong = body[:half] + bytes(byte ^ 1 for byte in body[half : half + 1]) + body[half + 1 :]
+            wrong = wrong if self.proxy.wrong is None else body.replace(*self.proxy.wrong)
             self._send(status, headers | {"Content-Length": str(len(body))}, wrong)
         elif fault is Fault.TRUNCATED:
             self._send(status, headers | {"Content-Length": str(len(body))}, body[:half])

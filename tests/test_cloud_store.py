@@ -18,7 +18,7 @@ import object_servers as servers
 import pytest
 from fault_proxy import Fault
 
-from loramgr.errors import LoramgrError, NotFoundError, UncheckedError
+from loramgr.errors import IntegrityError, LoramgrError, NotFoundError, UncheckedError
 from loramgr.remotes import retrying
 from loramgr.remotes.opening_store import open_keystore
 from loramgr.remotes.protocol import KeyStore
@@ -49,6 +49,20 @@ def proxy(
 
 def through(proxy: fault_proxy.Proxy, servers_: servers.ObjectServers, prefix: str) -> KeyStore:
     return open_keystore(servers_.get("moto").at(proxy.address).url(prefix, timeout=0.3))
+
+
+def test_a_listing_of_what_lies_elsewhere_is_asked_for_again(
+    proxy: fault_proxy.Proxy, object_servers: servers.ObjectServers
+) -> None:
+    store = through(proxy, object_servers, "listed")
+    store.put_if_absent("logs/a", b"1")
+    store.put_if_absent("logs/b", b"2")
+    proxy.wrong = (b"<Key>listed/logs/a", b"<Key>listed/lugs/a")
+    proxy.plan(Fault.WRONG_BYTES, 1)
+    assert sorted(found.key for found in store.list("logs/")) == ["logs/a", "logs/b"]
+    proxy.plan(Fault.WRONG_BYTES, 1, 1000)
+    with pytest.raises(IntegrityError, match="lists 'lugs/a' as a key in logs"):
+        list(store.list("logs/"))
 
 
 OPERATIONS: dict[str, Callable[[KeyStore], object]] = {

@@ -19,6 +19,34 @@ SOURCES = {
 }
 
 
+STAYS = """
+import time
+
+def test_it(object_servers):
+    object_servers.get("rclone")
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_tests_that_are_told_to_end_clean_up(root: Path, tmp_path: Path) -> None:
+    for name in ("conftest.py", "object_servers.py", "gcs_server.py"):
+        shutil.copy(root / "tests" / name, tmp_path)
+    (tmp_path / "test_stays.py").write_text(STAYS)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}"]
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("up" in line.split() for line in process.stdout)
+        assert [path.name[:15] for path in scratch.iterdir()] == ["loramgr-server-"]
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("setting", "failing"),
     [

@@ -17,8 +17,8 @@ from remote_homes import make_remote, sound, versions
 from loramgr import AddOptions, PullOptions, PushOptions, Workspace
 
 SOAK = bool(os.environ.get("LORAMGR_SOAK"))
-CLIENTS = 6
-ROUNDS = 50 if SOAK else 3
+CLIENTS = 10 if SOAK else 6
+ROUNDS = 15 if SOAK else 3
 
 
 @pytest.mark.parametrize("kind", ["folder", "rclone"])

@@ -197,6 +197,21 @@ def test_a_removed_version_goes_or_adapter_goes_as_its_tombstone(
     assert ours.remote_verify().missing == []
 
 
+def test_many_at_once_arrive_as_they_do_one_by_one(ours: Workspace, tmp_path: Path) -> None:
+    for at in range(4):
+        ours.add(small(tmp_path / f"x{at}", at), AddOptions(name=f"x{at}", metrics={"at": 1e20}))
+    ours.rename("x0", "first")
+    ours.remove("x1", force=True)
+    ours.restore("x1")
+    for name in ("together", "alone"):
+        ours.remote_add(name, str(make_remote(tmp_path / name)))
+    ours.push([], PushOptions("together"))
+    for adapter in ("copy", "first", "sql", "x1", "x2", "x3"):
+        ours.push([adapter], PushOptions("alone"))
+    assert tree(tmp_path / "together") == tree(tmp_path / "alone")
+    assert all(row.state == "same" for row in ours.remote_status("together"))
+
+
 def test_a_removed_adapter_that_the_remote_does_not_have_does_not_go(ours: Workspace, tmp_path: Path) -> None:
     ours.add(small(tmp_path / "x", 2))
     ours.remove("x", force=True)

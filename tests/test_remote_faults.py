@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -27,6 +27,7 @@ TIMEOUT = 0.5
 SAMPLE = 6
 LAST = 40  # no push or pull of these tests makes as many requests
 FOR_GOOD = 1000
+KINDS = ["seaweedfs", "rclone", *(["azurite", "gcs"] if SOAK else [])]
 ONCE = [(fault, at, 1) for at in range(1, LAST + 1) for fault in Fault]
 ALWAYS = [(fault, at, FOR_GOOD) for at in (1, 4) for fault in Fault]
 NAMES = count()
@@ -34,18 +35,23 @@ NAMES = count()
 
 @dataclass(frozen=True)
 class World:
-    """A server, its proxy, and a home with what is pushed; `pushed` is a place where all of it is already."""
+    """A server, its proxy, and a home with what is pushed; `pushed` is a place where all of it is already.
+
+    `pushing` and `pulling` are how many requests each takes where nothing goes wrong.
+    """
 
     server: ObjectServer
     proxy: Proxy
     home: Home
     pushed: str
+    pushing: int = LAST
+    pulling: int = LAST
 
     def proxied(self, prefix: str) -> str:
         return self.server.at(self.proxy.address).url(prefix, timeout=TIMEOUT)
 
 
-@pytest.fixture(scope="module", params=["seaweedfs", "rclone"])
+@pytest.fixture(scope="module", params=KINDS)
 def shared_world(
     request: pytest.FixtureRequest, object_servers: ObjectServers, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
@@ -61,8 +67,12 @@ def shared_world(
         with pytest.MonkeyPatch.context() as patch:
             server.enter(patch)
             prefix = f"faults-{request.param}-{os.getpid()}"
-            push(home, ["sql"], PushOptions(server.url(prefix)))
-        yield World(server, proxy, home, prefix)
+            plain = World(server, proxy, home, prefix)
+            push(home, ["sql"], PushOptions(plain.proxied(prefix)))
+            pushing = proxy.requests
+            proxy.plan(None)
+            pull(Home.open(folder / "fresh", 2, False), ["sql"], PullOptions(plain.proxied(prefix), all_versions=True))
+            yield replace(plain, pushing=pushing, pulling=proxy.requests)
 
 
 @pytest.fixture
@@ -118,6 +128,8 @@ def attempt(work: Callable[[], None], world: World, point: tuple[Fault, int, int
 def test_a_push_ends_well_or_in_words_and_again_ends_well(
     world: World, tmp_path: Path, point: tuple[Fault, int, int]
 ) -> None:
+    if point[1] > world.pushing:
+        return  # there is no such request
     prefix = f"push-{os.getpid()}-{next(NAMES)}"
 
     def once() -> None:
@@ -136,6 +148,8 @@ def test_a_push_ends_well_or_in_words_and_again_ends_well(
 def test_a_pull_ends_well_or_in_words_and_again_ends_well(
     world: World, tmp_path: Path, point: tuple[Fault, int, int]
 ) -> None:
+    if point[1] > world.pulling:
+        return  # there is no such request
     home = Home.open(tmp_path / "fresh", 2, False)
 
     def once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,8 +15,10 @@ import pytest
 from logbook import summary
 from remote_world import Line, MemoryStore, nothing_known
 
+from loramgr.catalog.chains import follow
 from loramgr.digests import canonical_json, digest_bytes
 from loramgr.errors import IntegrityError, LoramgrError
+from loramgr.forks import covers
 from loramgr.log import Entry
 from loramgr.records import FileRecord
 from loramgr.remotes import reading
@@ -35,6 +38,7 @@ PUBLISHED: dict[str, Any] = {
 }
 FILE = {"path": "a", "digest": HERE, "bytes": 3}
 PLAIN = Entry("adapter", "publish", "sql", None, "2026-01-01T00:00:00Z", "somebody", PUBLISHED)
+UNPRINTABLE = ("a\nb", "a\rb", "a\x1b[2Jb", "a\x7fb", "a\x9bb", "a\u2028b")
 UNCONTAINED = ("../a", "/a", "a/../../b", "..", "", ".", "a//b", "./a", "a/", "..\\a", "C:\\a", "C:a", "a\\b", "a\0b")
 
 
@@ -122,6 +126,9 @@ ENTRIES: dict[str, Entry | bytes] = {
     "a text without an end": b'{"a":[[' + b"[" * 100 + b'"' + b'\\"' * 1_000_000,
     "brackets in a text without an end": b"[" * 65 + b'"' + b"[" * 90_000 + b"\\",
     "too many bytes": b" " * (5 << 20),
+    **{f"the path {path!r}": with_files(FILE | {"path": path}) for path in UNPRINTABLE},
+    "two paths that differ in their case": with_files(FILE, FILE | {"path": "A"}),
+    "two paths that look alike": with_files(FILE | {"path": "\u00e9"}, FILE | {"path": "e\u0301"}),
 }
 
 
@@ -190,6 +197,23 @@ def test_an_entry_that_does_not_follow_is_refused(second: Entry) -> None:
     check_refused(remote_of(PLAIN, replace(second, predecessor=PLAIN.digest)))
 
 
+@pytest.mark.parametrize("claim", ["original", "replaces"])
+def test_a_log_that_claims_what_another_says_does_not_stand_for_it(claim: str) -> None:
+    first = with_content(version=HERE, message="of the victim")
+    victim = [first, replace(PLAIN, predecessor=first.digest, content=PUBLISHED | {"number": 2})]
+    mine = replace(PLAIN, name="other", content=PUBLISHED | {"message": "of the claimant"})
+    hostile = [mine]
+    for entry in victim:
+        content = {"original": entry.digest, "tag": "a", "number": 1}
+        kind, said = ("tag", content) if claim == "original" else ("rebase", {"replaces": [entry.digest]})
+        hostile.append(Entry("adapter", kind, "other", hostile[-1].digest, PLAIN.time, "somebody", said))
+    for entries in ([*hostile, *victim], [*victim, *hostile]):
+        chains = follow(entries)
+        assert sorted(map(len, chains.logs)) == [2, 3]
+        assert chains.forks == []
+    assert not covers(hostile, victim)
+
+
 def test_bytes_that_their_key_does_not_name_are_refused() -> None:
     store = remote_of(PLAIN)
     store.keys[entry_key("sql", PLAIN.digest)] = (with_content(message="another").encode(), datetime.now(UTC))
@@ -254,7 +278,8 @@ def test_a_description_that_is_none_is_refused(described: bytes, tmp_path: Path)
     "manifest",
     [
         *(b"", b"[]", b"{}", b'{"files":[]} ', b"[" * 100_000, b'{"files":1}'),
-        *(canonical_json({"files": [FILE | {"path": path}]}) for path in UNCONTAINED),
+        *(canonical_json({"files": [FILE | {"path": path}]}) for path in (*UNCONTAINED, *UNPRINTABLE)),
+        canonical_json({"files": [FILE | {"path": f"{at}"} for at in range(100_001)]}),
         canonical_json({"files": [FILE, FILE]}),
         canonical_json({"files": [FILE | {"bytes": 1e300}]}),
         b'{"files":[],"x":' + b"9" * 5000 + b"}",
@@ -307,6 +332,33 @@ def test_what_has_no_end_is_given_up(swaps: bool, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(IntegrityError):
             use(LogRemote(store))
         assert store.taken < 20_000
+
+
+class Garbled(MemoryStore):
+    """Damages one key of its first listing so that it names nothing, or nothing in its folder."""
+
+    listings = 0
+
+    def list(self, prefix: str) -> Iterator[StoredKey]:
+        self.listings += 1
+        for at, stored in enumerate(super().list(prefix)):
+            yield replace(stored, key=f"{stored.key[:-1]}`") if at == 0 and self.listings == 1 else stored
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_listing_that_is_damaged_on_its_way_hides_nothing(swaps: bool) -> None:
+    tag = Entry("adapter", "tag", "sql", PLAIN.digest, PLAIN.time, "somebody", {"tag": "prod", "number": 1})
+    store = Garbled(swaps=swaps)
+    store.keys = remote_of(PLAIN, tag, swaps=swaps).keys
+    uses: list[Callable[[LogRemote], object]] = [
+        lambda remote: remote.names(),
+        lambda remote: [log.name for log in remote.logs(nothing_known) if len(log.entries) == 2],
+        lambda remote: ["sql"] if len(getattr(remote.log("sql", nothing_known), "entries", ())) == 2 else [],
+    ]
+    for use in uses:
+        store.listings = 0
+        assert use(LogRemote(store)) == ["sql"]
+        store.keys["logs/sql/of somebody else"] = store.keys["heads/of/somebody else"] = (b"", datetime.now(UTC))
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -376,6 +428,33 @@ def test_links_in_a_folder_are_not_followed(home: Home, tmp_path: Path, part: st
     with pytest.raises(LoramgrError) as caught:
         pull(home, ["sql"], PullOptions(f"file:{remote}"))
     assert caught.value.exit_code in (4, 5)
+    assert everything(home.path) == before
+
+
+@pytest.mark.parametrize("part", ["loramgr.json", "heads/sql", "logs/sql", "manifests", "blobs"])
+@pytest.mark.parametrize("what", ["pipe", "link", "sparse"])
+def test_what_is_no_file_in_a_folder_is_refused(home: Home, tmp_path: Path, part: str, what: str) -> None:
+    line = Line(tmp_path)
+    line.publish({"a": b"abc"})
+    store = MemoryStore()
+    line.push(LogRemote(store))
+    remote = tmp_path / "remote"
+    spread(store, remote)
+    path = next(path for path in (remote / part, *(remote / part).rglob("*")) if path.is_file())
+    path.rename(tmp_path / "elsewhere")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "link":
+        path.symlink_to(tmp_path / "elsewhere")  # the right bytes, but not the remote's
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    before = everything(home.path)
+    listed = part != "heads/sql" or what == "sparse"  # what is no file is no key, and without a head is no log to list
+    for refs in (["sql"], *([[]] if listed else [])):
+        with pytest.raises(LoramgrError) as caught:
+            pull(home, refs, PullOptions(f"file:{remote}"))
+        assert caught.value.exit_code == 5
     assert everything(home.path) == before
 
 

@@ -20,7 +20,7 @@ from object_servers import KINDS as SERVERS
 from object_servers import ObjectServers
 from remote_world import CountingStore, Line, MemoryStore, nothing_known, read_all
 
-from loramgr.errors import ConflictError, IntegrityError, NotFoundError
+from loramgr.errors import ConflictError, IntegrityError, NotFoundError, RacedError
 from loramgr.log import Entry
 from loramgr.remotes.log_remote import LogRemote
 from loramgr.remotes.opening import open_remote
@@ -204,6 +204,19 @@ def rebased(place: Place, fork: RemoteLog, kept: Line, other: Line) -> Line:
     assert log.heads == (kept.entries[-1].digest,)
     assert log.entries == tuple(kept.entries)
     return kept
+
+
+def test_a_number_that_another_client_took_meanwhile_is_told_so(place: Place, line: Line) -> None:
+    if not place.swaps:
+        return  # a fork, as in the next test
+    line.push(place.open())
+    other = line.copy("other")
+    line.publish({"a": b"here"})
+    line.push(place.open())
+    other.publish({"a": b"there"})  # under the same number
+    with pytest.raises(RacedError, match="its head there is"):
+        other.push(place.open())
+    assert read(place.open()).entries == tuple(line.entries)
 
 
 def test_a_log_that_went_on_is_refused_or_a_fork(place: Place, line: Line) -> None:

@@ -12,6 +12,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -383,7 +385,8 @@ def test_redirects_to_another_host_get_no_token(hub: FakeHub, workspace: Workspa
     assert all(hub.token in json.dumps(headers) for headers in told)
 
 
-FAULTS = ("cut", "lost", "truncate", 500, 429, "stall")
+FAULTS = ("cut", "lost", "truncate", 500, 503, 429, "stall")
+LIES = ("flip", "flip inside", "short", "long")
 
 
 def broken_at(number: int, fault: str | int, times: int = 1) -> Callable[[str, str], str | int | None]:
@@ -420,6 +423,44 @@ def test_a_push_and_a_pull_that_break_at_any_request(
         titles = [commit.title for commit in repository.history]
         assert titles == ["initial commit", "sql v1", "sql v2", "sql v3"], (number, fault)
         assert sorted(repository.tags) == ["v1", "v2", "v3"], (number, fault)
+
+
+def test_answers_that_lie_once_harm_nothing(hub: FakeHub, workspace: Workspace, tmp_path: Path) -> None:
+    """Whatever one answer says wrongly, no wrong byte gets a name, and the next push and pull are right."""
+    there, every = "hf:org/one", PullOptions("hf:org/one", all_versions=True)
+    workspace.push(["sql"], PushOptions(there))
+    pushed = len(hub.requests)
+    Workspace(tmp_path / "count").pull(["sql"], every)
+    cases = [(number, lie) for number in range(len(hub.requests)) for lie in LIES]
+    wanted = files_of(workspace, "sql")
+    for case, (number, lie) in enumerate(cases if SOAK else random.Random(8).sample(cases, 4)):
+        fresh = Workspace(tmp_path / f"fresh{case}")
+        hub.fault = broken_at(number - pushed, lie)
+        if number < pushed:
+            hub.repositories.clear()
+            hub.storage.clear()
+            hub.fault = broken_at(number, lie)
+            ended_in_words(lambda: workspace.push(["sql"], PushOptions(there)))
+            hub.fault = None
+            workspace.push(["sql"], PushOptions(there))
+            assert sorted(hub.repositories["org/one"].tags) == ["v1", "v2", "v3"], (number, lie)
+        ended_in_words(partial(fresh.pull, ["sql"], every))
+        hub.fault = None
+        fresh.pull(["sql"], every)
+        assert files_of(fresh, "sql") == wanted, (number, lie)
+        assert fresh.verify().corrupt == [], (number, lie)
+
+
+def ended_in_words(work: Callable[[], object]) -> None:
+    """Do it, whether it ends well or in an error that a remote can give."""
+    code = 0
+    with suppress(LoramgrError):
+        try:
+            work()
+        except LoramgrError as error:
+            code = error.exit_code
+            raise
+    assert code in (0, 3, 4, 5, 7)
 
 
 def test_bytes_that_were_changed_on_the_way_get_no_name(hub: FakeHub, workspace: Workspace) -> None:

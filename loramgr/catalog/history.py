@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, and_, select
 
-from loramgr.catalog.tables import EntryRow, Parent, Version
+from loramgr.catalog.tables import EntryRow, Log, Parent, Version
 
-__all__ = ["children_entries", "names_of_log", "newest_entries"]
+__all__ = ["children_entries", "entries_by_adapter", "names_of_log", "newest_entries"]
 
 
 def newest_entries(connection: Connection, root: str | None, limit: int | None) -> list[str]:
@@ -21,6 +22,15 @@ def newest_entries(connection: Connection, root: str | None, limit: int | None) 
         order = (EntryRow.time.desc(), EntryRow.root, EntryRow.sequence.desc())
         return list(connection.scalars(entries.order_by(*order)))
     return list(connection.scalars(entries.where(EntryRow.root == root).order_by(EntryRow.sequence.desc())))
+
+
+def entries_by_adapter(connection: Connection) -> dict[str, list[str]]:
+    """Return the digests of the entries of each adapter's log, removed or not, first to last, by its name."""
+    logs: defaultdict[str, list[str]] = defaultdict(list)
+    rows = select(Log.name, EntryRow.digest).join(Log, Log.root == EntryRow.root).where(Log.kind == "adapter")
+    for name, digest in connection.execute(rows.order_by(EntryRow.root, EntryRow.sequence)):
+        logs[str(name)].append(digest)
+    return dict(logs)
 
 
 def names_of_log(connection: Connection, root: str) -> list[str]:

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, se
 from loramgr.catalog import statements
 from loramgr.catalog.bases import find_base, load_bases
 from loramgr.catalog.family import children_elsewhere
-from loramgr.catalog.history import children_entries, names_of_log, newest_entries
+from loramgr.catalog.history import children_entries, entries_by_adapter, names_of_log, newest_entries
 from loramgr.catalog.query import VersionQuery
 from loramgr.catalog.selection import ordering, selection
 from loramgr.catalog.tables import Base, EntryRow, Log, Parent, Remote, Tag, Version, VersionFile
@@ -210,6 +210,10 @@ class Reader:
     def newest_entries(self, root: str | None, limit: int | None) -> list[str]:
         """Return the digests of a log's entries, or of all logs' where `root` is None, newest first."""
         return newest_entries(self._connection, root, limit)
+
+    def entries_by_adapter(self) -> dict[str, list[str]]:
+        """Return the digests of the entries of each adapter's log, removed or not, first to last, by its name."""
+        return entries_by_adapter(self._connection)
 
     def children_entries(self, root: str, digest: str, number: int) -> list[str]:
         """Return the entries that published a version with this version of the log `root` as a parent."""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from loramgr.errors import ConflictError, IncompatibleError, NotFoundError, UncheckedError
+from loramgr.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError, UncheckedError
 from loramgr.remotes.cloud_client import CloudClients, connect
 from loramgr.remotes.cloud_errors import (
     errors,
@@ -141,7 +141,10 @@ class CloudStore:
         raise ConflictError(f"{self.url}: somebody else has changed {key}", "run the command again")
 
     def list(self, prefix: str) -> Iterator[StoredKey]:
-        """Yield the keys that begin with a prefix, page by page; Google's have no tokens there."""
+        """Yield the keys that begin with a prefix, page by page; Google's have no tokens there.
+
+        IntegrityError where the store twice lists what lies elsewhere.
+        """
         seen: set[str] = set()
         for last in attempts():
             try:
@@ -156,10 +159,19 @@ class CloudStore:
                 return
 
     def _listed(self, prefix: str) -> Iterator[StoredKey]:
-        for page in self._clients.patient.list(folder_of(prefix) or None, chunk_size=_PAGE):
-            for found in page:
-                if found["path"].startswith(prefix) and not found["path"].startswith(HIDDEN):
-                    yield self._stored(found)
+        """Yield the keys, and those of a second listing where the first has one that lies elsewhere."""
+        folder = folder_of(prefix)
+        for _ in range(2):
+            misplaced = None
+            for page in self._clients.patient.list(folder or None, chunk_size=_PAGE):
+                for found in page:
+                    if folder and not found["path"].startswith(f"{folder}/"):
+                        misplaced = found["path"]
+                    elif found["path"].startswith(prefix) and not found["path"].startswith(HIDDEN):
+                        yield self._stored(found)
+            if misplaced is None:
+                return
+        raise IntegrityError(f"{self.url}: lists {misplaced!r} as a key in {folder}")
 
     def delete(self, key: str) -> None:
         """Delete a key; one that is not there is no error."""

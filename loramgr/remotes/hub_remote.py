@@ -22,7 +22,7 @@ from loramgr.remotes.hub_client import HubClient, check_repository
 from loramgr.remotes.hub_commit import steps
 from loramgr.remotes.hub_log import HubState, read_log
 from loramgr.remotes.hub_snapshot import Snapshot, is_own, manifest_path, read_snapshot
-from loramgr.remotes.hub_tags import check_free, git_tags, mirror_tags, unmarked, version_tag
+from loramgr.remotes.hub_tags import git_tags, mirror_tags, unmarked, version_tag
 from loramgr.remotes.hub_writing import HubWriter, Push
 from loramgr.remotes.parallel import each
 from loramgr.remotes.protocol import Collected, DamagedLogs, KnownEntry, RemoteLog, VersionContent
@@ -168,7 +168,7 @@ class HubRemote:
         push = replace(push, by_path=self._prepare(repository))
         lacking = [entry for entry in entries if entry.digest not in state.entries]
         new = [version for version in versions if version.digest not in {*state.snapshot.manifests}]
-        check_free(repository, git_tags(self._client, repository) if new else {}, new)
+        self._writer.check_tags(state, new, push)
         for step in steps(lacking, versions):
             state = self._writer.commit(state, step, push)
             if step.version is not None:

@@ -7,7 +7,7 @@ what a commit holds is compared with what was sent.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from loramgr.remotes.hub_commit import Draft, Step, draft, operations, title_of
 from loramgr.remotes.hub_errors import MOVED_ON, client_errors, is_passing, status_of, wait_asked, worded
 from loramgr.remotes.hub_log import HubState, read_log
 from loramgr.remotes.hub_snapshot import Snapshot, place, read_snapshot
-from loramgr.remotes.protocol import ends
+from loramgr.remotes.hub_tags import check_free, git_tags
+from loramgr.remotes.protocol import VersionContent, ends
 
 __all__ = ["HubWriter", "Push"]
 
@@ -84,6 +85,17 @@ class HubWriter:
         made = Draft({place(file): source}, {place(file): file.digest}, ())
         with operations(made, by_path=by_path) as asked:
             self.client.upload(repository, asked[0])
+
+    def check_tags(self, state: HubState, versions: Sequence[VersionContent], push: Push) -> None:
+        """Refuse versions whose git tags are there already: set by hand, or by a client that was first."""
+        repository = state.snapshot.repository
+        try:
+            check_free(repository, git_tags(self.client, repository) if versions else {}, versions)
+        except ConflictError:
+            now = read_log(self.client, read_snapshot(self.client, repository), state.entries.get, self.jobs)
+            if not now.entries.keys() <= state.entries.keys():
+                raise push.moved_on(now) from None
+            raise
 
     def commit(self, state: HubState, step: Step, push: Push) -> HubState:
         """Make the commit of a step on top of a state and return the state that it is.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from loramgr.containment import is_contained
+from loramgr.containment import is_contained, is_printable
 from loramgr.digests import canonical_json, digest_bytes, is_digest, short
 from loramgr.errors import IntegrityError, LoramgrError
 from loramgr.log import Entry
@@ -103,22 +104,32 @@ def check_files(files: Any) -> None:
     """Refuse a list of files {path, digest, bytes} that a folder cannot hold; IntegrityError says why."""
     _check_type(files, list, "files")
     taken: set[str] = set()
+    alike: dict[str, str] = {}
     for file in files:
         _check_type(file, dict, "a file")
         path, digest, size = file["path"], file["digest"], file["bytes"]
         if len(file) > 3:
             raise IntegrityError(f"says of a file what files do not have: {sorted(file)}")
-        _check_type(path, str, "a path")
-        if not is_contained(path) or str(PurePosixPath(path)) != path:
-            raise IntegrityError(f"names the file {path!r}, outside of its folder")
+        _check_path(path)
         _check_digest(digest, f"the digest of {path}")
         _check_count(size, 0, f"the size of {path}")
         if path in taken:
             raise IntegrityError(f"names the file {path!r} twice")
+        other = alike.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
+        if other != path:
+            raise IntegrityError(f"names the files {other!r} and {path!r}, which some file systems take for one")
         taken.add(path)
     for path in taken:
         if not taken.isdisjoint(str(parent) for parent in PurePosixPath(path).parents):
             raise IntegrityError(f"names the file {path!r}, in a folder that is a file")
+
+
+def _check_path(path: Any) -> None:
+    _check_type(path, str, "a path")
+    if not is_contained(path) or str(PurePosixPath(path)) != path:
+        raise IntegrityError(f"names the file {path!r}, outside of its folder")
+    if not is_printable(path):
+        raise IntegrityError(f"names the file {path!r}, with control characters")
 
 
 def _check_bytes(where: str, digest: str, data: bytes, limit: int) -> None:

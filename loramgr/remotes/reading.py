@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from loramgr.errors import IntegrityError, LoramgrError, NotFoundError
 from loramgr.log import Entry
@@ -33,6 +34,8 @@ from loramgr.remotes.protocol import (
 from loramgr.remotes.proving import ENTRY_LIMIT, check_log, prove_entry
 
 __all__ = ["LogReader", "read_bounded"]
+
+Named = TypeVar("Named", bound=Hashable)
 
 LOG_ENTRIES = 100_000
 LOG_BYTES = 128 << 20
@@ -155,15 +158,34 @@ class LogReader:
         return head is not None and not head.gone
 
     def _listed_heads(self) -> dict[str, StoredKey]:
-        named = ((parse_head_key(stored.key), stored) for stored in self._bounded(HEADS, REMOTE_LOGS))
-        return {name: stored for name, stored in named if name is not None}
+        return dict(self._named(HEADS, REMOTE_LOGS, parse_head_key))
 
     def listed_log(self, name: str) -> list[str]:
         """Return the digests of the entries under one name, as the remote lists them."""
         return [digest for found, digest in self._entries(log_prefix(name), LOG_ENTRIES) if found == name]
 
     def _entries(self, prefix: str, limit: int) -> Iterator[tuple[str, str]]:
-        return filter(None, (parse_entry_key(stored.key) for stored in self._bounded(prefix, limit)))
+        return (place for place, _ in self._named(prefix, limit, parse_entry_key))
+
+    def _named(
+        self, prefix: str, limit: int, parse: Callable[[str], Named | None]
+    ) -> Iterator[tuple[Named, StoredKey]]:
+        """Yield what the keys under a prefix name; where one names nothing, also what only a second listing has.
+
+        Such a key may be somebody else's, or have been damaged on its way: then a log would look shorter than it is.
+        """
+        seen: set[Named] = set()
+        for _ in range(2):
+            strange = False
+            for stored in self._bounded(prefix, limit):
+                named = parse(stored.key)
+                if named is None:
+                    strange = True
+                elif named not in seen:
+                    seen.add(named)
+                    yield named, stored
+            if not strange:
+                return
 
     def _bounded(self, prefix: str, limit: int) -> Iterator[StoredKey]:
         for at, stored in enumerate(self.store.list(prefix)):

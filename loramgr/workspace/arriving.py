@@ -23,11 +23,12 @@ class Arrival:
     """A log that came, first entry to last; `here` is the log that it takes the place of, empty for none.
 
     `manifests` are by their digests, `files` too, each a finished one that is proved. Live versions whose files are
-    neither among them nor in the store are promised.
+    neither among them nor in the store are promised, if they are among those that the remote has by its log, `there`.
     """
 
     entries: list[Entry]
     here: list[Entry]
+    there: frozenset[str]
     manifests: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -94,14 +95,16 @@ def _adopt(blobs: StagedFiles, digest: str, path: Path) -> None:
 
 
 def _lacking(home: Home, arrivals: Sequence[Arrival]) -> list[str]:
-    """Return the digests of the live versions whose files neither came nor are here."""
+    """Return the digests of the live versions there whose files neither came nor are here."""
+    there = {version for arrival in arrivals for version in arrival.there}
     brought = {digest for arrival in arrivals for digest in (*arrival.files, *arrival.manifests)}
 
     def is_here(version: str, files: Sequence[str]) -> bool:
         manifest = version in brought or home.store.manifests.contains(version)
         return manifest and all(digest in brought or home.store.blobs.contains(digest) for digest in files)
 
-    return [version for version, files in _versions(arrivals).items() if not is_here(version, files)]
+    versions = _versions(arrivals)
+    return [version for version, files in versions.items() if version in there and not is_here(version, files)]
 
 
 def _complete(home: Home, arrivals: Sequence[Arrival]) -> list[str]:

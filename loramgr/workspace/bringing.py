@@ -26,7 +26,8 @@ __all__ = ["Bringing", "bring", "read_manifest"]
 class Bringing:
     """An adapter that is to be brought: what it is called at the remote, its log, and the versions with their files.
 
-    `entries` is the log as it will be, `here` as it is; `wanted` are the entries that published the versions.
+    `entries` is the log as it will be, `here` as it is; `wanted` are the entries that published the versions,
+    `there` the digests of the versions that the remote has by its log.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Bringing:
     here: list[Entry]
     wanted: list[Entry]
     notes: tuple[str, ...] = ()
+    there: frozenset[str] = frozenset()
 
     def lacking(self, home: Home) -> list[Entry]:
         """Return the wanted versions that are not here as a whole."""
@@ -116,7 +118,7 @@ def _whole(
 
     Raises the first error where no version came, or it is no damage of a file.
     """
-    arrival, errors = Arrival(adapter.entries, adapter.here), dict[int, LoramgrError]()
+    arrival, errors = Arrival(adapter.entries, adapter.here, adapter.there), dict[int, LoramgrError]()
     lacking = adapter.lacking(home)
     for entry in lacking:
         came = {digest: files[digest] for digest in files_of_entry(entry) if digest in files}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from loramgr.errors import ConflictError, LoramgrError, NotFoundError
-from loramgr.forks import set_aside
+from loramgr.forks import covers, set_aside
 from loramgr.log import Entry
 from loramgr.needs import live
 from loramgr.records import TransferReport
@@ -26,6 +26,8 @@ from loramgr.workspace.remote_logs import (
     known_entries,
     local_log,
     log_of_root,
+    says_the_same,
+    versions_there,
     went_apart,
 )
 from loramgr.workspace.remotes import ORIGIN, Place, add_remote, resolve
@@ -175,7 +177,7 @@ def _plan(pulling: _Pulling, name: str, log: RemoteLog | None) -> Bringing:
         notes = [*notes, f"{name} is called {log.name} at {label}"]
     wanted = _wanted(pulling, name, Branch([*entries]), found)
     _check_there(pulling, log, wanted, found)
-    return Bringing(log.name, entries, here, wanted, tuple(notes))
+    return Bringing(log.name, entries, here, wanted, tuple(notes), versions_there(log))
 
 
 def _settled(pulling: _Pulling, log: RemoteLog, here: list[Entry], found: Comparison) -> tuple[list[Entry], list[str]]:
@@ -185,16 +187,27 @@ def _settled(pulling: _Pulling, log: RemoteLog, here: list[Entry], found: Compar
         return here, []
     if found.state in ("there", "behind"):
         return found.there, []
-    notes = [f"{name} went on in {len(log.heads)} ways at {label}: loramgr push --rebase {name}"]
-    if not found.ahead:
-        return found.there, notes
+    if found.ahead:
+        return _apart(pulling, log, here, found)
+    return found.there, [_forked(name, label, log)]
+
+
+def _forked(name: str, label: str, log: RemoteLog) -> str:
+    return f"{name} went on in {len(log.heads)} ways at {label}: loramgr push --rebase {name}"
+
+
+def _apart(pulling: _Pulling, log: RemoteLog, here: list[Entry], found: Comparison) -> tuple[list[Entry], list[str]]:
+    """Return the same where there are entries on both sides that the other one lacks: one may say all of the other."""
+    label, name = pulling.place.label, log.name
     ahead = {entry.digest for entry in found.ahead}
-    if ahead <= set_aside([*here, *found.there]):
+    if ahead <= set_aside([*here, *found.there]) or says_the_same(here, found):
         return found.there, [f"{name} was rebased at {label}: its log here is now the one there"]
+    if found.state == "diverged" and covers(here, found.there):
+        return here, [f"{name} has more here than at {label}, in a log with other numbers or in another order"]
     if pulling.options.rebase:
         return rebase_here(pulling.home, here, log, label, dry_run=pulling.options.dry_run)
     if ahead <= {entry.digest for entry in log.entries}:
-        return here, notes
+        return here, [_forked(name, label, log)]
     if here[0].digest != found.there[0].digest:
         raise ConflictError(
             f"the name {name!r} is another adapter's here than at {label}",
@@ -207,6 +220,9 @@ def _wanted(pulling: _Pulling, name: str, branch: Branch, found: Comparison) -> 
     """Return the entries that published the versions whose files are to come."""
     published = {entry.content["number"]: entry for entry in live(branch.entries)}
     there = {entry.content["number"] for entry in live(found.there)}
+    if not {entry.digest for entry in found.there} <= {entry.digest for entry in branch.entries}:
+        published = _as_numbered_there(published, found)
+        there = {*published}
     if pulling.references is None or pulling.options.all_versions:
         return [published[number] for number in sorted(published.keys() & there)]
     if there and not published:
@@ -222,6 +238,13 @@ def _wanted(pulling: _Pulling, name: str, branch: Branch, found: Comparison) -> 
                 f"loramgr remote list-adapters {pulling.place.label}",
             )
     return list(wanted.values())
+
+
+def _as_numbered_there(published: dict[int, Entry], found: Comparison) -> dict[int, Entry]:
+    """Return the versions, by their numbers here, with the entries that published them in the remote's own log."""
+    there = {entry.content["version"]: entry for entry in live(found.there)}
+    versions = {number: entry.content["version"] for number, entry in published.items()}
+    return {number: there[version] for number, version in versions.items() if version in there}
 
 
 def _number(reference: Reference, branch: Branch, there: set[int]) -> int:

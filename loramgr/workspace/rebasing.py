@@ -24,7 +24,7 @@ from loramgr.remotes.protocol import RemoteLog
 from loramgr.workspace.arriving import Arrival, take_in
 from loramgr.workspace.branches import Branch
 from loramgr.workspace.home import Home
-from loramgr.workspace.remote_logs import chain_to, favourite
+from loramgr.workspace.remote_logs import chain_to, favourite, versions_there
 
 __all__ = ["Rebased", "rebase_here", "rebased"]
 
@@ -71,7 +71,7 @@ def rebase_here(
     stays = here if here[: len(there)] == there else there
     made = rebased(stays, [branch for branch in [*branches, here] if branch is not stays], label)
     if not dry_run:
-        take_in(home, [Arrival(made.entries, here)], label)
+        take_in(home, [Arrival(made.entries, here, versions_there(log))], label)
     return made.entries, made.notes
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from loramgr.catalog.reader import Reader
 from loramgr.digests import short
 from loramgr.errors import IntegrityError, RacedError
-from loramgr.forks import ends, set_aside
+from loramgr.forks import covers, ends, set_aside
 from loramgr.log import Entry
 from loramgr.needs import live
 from loramgr.remotes.protocol import KnownEntry, Remote, RemoteLog
@@ -25,6 +25,9 @@ __all__ = [
     "known_entries",
     "live_there",
     "local_log",
+    "says_the_same",
+    "stored",
+    "versions_there",
     "went_apart",
 ]
 
@@ -67,8 +70,12 @@ def local_log(home: Home, reader: Reader, name: str) -> list[Entry]:
 
 def log_of_root(home: Home, reader: Reader, root: str) -> list[Entry]:
     """Return the entries of the log that begins with this one, first to last; empty when there is none."""
-    digests = reversed(reader.newest_entries(root, None))
-    return [Entry.decode(home.store.entries.get(digest)) for digest in digests]
+    return stored(home, reader.newest_entries(root, None)[::-1])
+
+
+def stored(home: Home, digests: Sequence[str]) -> list[Entry]:
+    """Return entries of this home by their digests; IntegrityError for one that is missing or damaged."""
+    return [Entry.stored(digest, home.store.entries.get(digest)) for digest in digests]
 
 
 def find_log(remote: Remote, name: str, here: Sequence[Entry], known: KnownEntry) -> RemoteLog | None:
@@ -114,6 +121,11 @@ def live_there(log: RemoteLog | None) -> set[tuple[int, str]]:
     return {(entry.content["number"], entry.content["version"]) for chain in chains for entry in live(chain)}
 
 
+def versions_there(log: RemoteLog) -> frozenset[str]:
+    """Return the digests of all versions that a remote's log ever had, on any branch."""
+    return frozenset(entry.content["version"] for entry in log.entries if entry.kind == "publish")
+
+
 def went_apart(name: str, remote: str, found: Comparison, heads: Sequence[str]) -> RacedError:
     """Return the error for a log that went on in both places, or in two ways at the remote; it names the heads."""
     there = " and ".join(map(short, heads))
@@ -123,6 +135,14 @@ def went_apart(name: str, remote: str, found: Comparison, heads: Sequence[str]) 
         f"at {remote} {there}",
         f"loramgr push --rebase {name}",
     )
+
+
+def says_the_same(here: Sequence[Entry], found: Comparison) -> bool:
+    """Say whether a log here and one at a remote went apart and account for the same, each with numbers of its own.
+
+    That is how it stays where one home pushes to two remotes that went on: neither gives up numbers that others know.
+    """
+    return found.state == "diverged" and covers(found.there, here) and covers(here, found.there)
 
 
 def favourite(chains: Sequence[list[Entry]]) -> list[Entry]:

@@ -18,7 +18,7 @@ from loramgr import AddOptions, PullOptions, PushOptions, Workspace
 
 SOAK = bool(os.environ.get("LORAMGR_SOAK"))
 CLIENTS = 10 if SOAK else 6
-ROUNDS = 15 if SOAK else 3
+ROUNDS = 50 if SOAK else 3
 
 
 @pytest.mark.parametrize("kind", ["folder", "rclone"])

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 from peft_files import write_adapter
 
-from loramgr import IncompatibleError, IntegrityError, LoramgrError, MergeOptions, NotFoundError, Workspace
+from loramgr import (
+    IncompatibleError,
+    IntegrityError,
+    LoramgrError,
+    MergeOptions,
+    NotFoundError,
+    UsageError,
+    Workspace,
+)
 from loramgr.checkpoints.journal import JOURNAL
 from loramgr.digests import digest_file
 
@@ -232,7 +240,13 @@ def test_refusals(workspace: Workspace, model: Path, tmp_path: Path) -> None:
         workspace.merge("tiny", ["plain"], tmp_path / "out", MergeOptions(reversible=True, dtype="float64"))
     with pytest.raises(IncompatibleError, match="not a merged model"):
         workspace.switch(model, ["plain"])
+    before = contents(model)
+    with pytest.raises(UsageError, match="lies in the model folder"):
+        workspace.merge(str(model), ["plain"], model / "new" / "out")
+    assert contents(model) == before
     workspace.merge_in_place(str(model), ["plain"])
+    with pytest.raises(UsageError, match="lies in the model folder"):
+        workspace.unmerge(model, model / "out")
     with pytest.raises(IncompatibleError, match="merge already"):
         workspace.merge_in_place(str(model), ["wide"])
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "one.bin")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from threading import Thread
 
+import pytest
 import torch
 
 from loramgr.algebra.scratch import Scratch, scratch_for
@@ -29,3 +30,14 @@ def test_a_thread_has_one_for_the_cpu_and_none_to_share() -> None:
     assert scratch_for(weight) is scratch_for(weight)
     assert others != [scratch_for(weight)]
     assert scratch_for(weight.to("meta")) is not scratch_for(weight.to("meta"))
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
+def test_memory_that_was_made_in_inference_mode_can_be_written_to_outside_of_it(inside: type) -> None:
+    scratch, like = Scratch(), torch.empty(3, 4)
+    with inside():
+        scratch.take("a", like, torch.float32).fill_(1)
+    for shape in (like.shape, (2, 2)):
+        scratch.take("a", torch.empty(shape), torch.float32).fill_(2)
+    with torch.inference_mode():
+        assert scratch.take("a", like, torch.float32).fill_(3).sum() == 36

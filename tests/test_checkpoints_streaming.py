@@ -17,6 +17,7 @@ from loramgr.checkpoints.journal import JOURNAL, Journal
 from loramgr.checkpoints.output import OutputTensor, Shard, carry_over
 from loramgr.checkpoints.regions import Region
 from loramgr.checkpoints.residuals import ResidualFile, read_residuals
+from loramgr.checkpoints.staging import staged
 from loramgr.checkpoints.streaming import Budget, Writing, write_shards
 from loramgr.digests import TensorDigest
 from loramgr.errors import IntegrityError
@@ -215,3 +216,10 @@ def test_everything_else_is_carried_over(tmp_path: Path, link: bool) -> None:
     assert (target / "script").stat().st_mode & 0o777 == 0o755
     assert (target / "empty").stat().st_mode & 0o777 == 0o700
     assert (target / "mine").samefile(source / "mine") is link
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as told, staged(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert told.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

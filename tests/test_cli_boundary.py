@@ -124,3 +124,9 @@ def test_a_reader_that_has_gone_is_no_complaint() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+def test_a_working_folder_that_is_gone_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = reported(FileNotFoundError(errno.ENOENT, "No such file or directory"), capsys)
+    assert code == 4
+    assert said.startswith("error: the folder that the command was called in is no longer there\nhint: cd . ")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from loramgr.workspace.loading import _interrupts_wait, loading_torch
+from loramgr.workspace.loading import _IMPORTING, _interrupts_wait, loading_torch
 
 BESIDE = """
 import sys
@@ -36,6 +38,33 @@ def test_the_number_of_threads_comes_back_after_a_failure() -> None:
     with pytest.raises(KeyError), loading_torch():
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def test_blocks_that_overlap_put_back_what_the_first_of_them_found() -> None:
+    before = torch.get_num_threads(), sys.getswitchinterval(), gc.isenabled()
+    inside, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with loading_torch():
+            inside.set()
+            leave.wait(60)
+
+    _IMPORTING.begin()  # as a thread that is still loading
+    torch.set_num_threads(3)
+    try:
+        with loading_torch():
+            thread = threading.Thread(target=second)
+            thread.start()
+            assert inside.wait(60)
+        leave.set()
+        thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(torch.get_num_threads).result()
+    finally:
+        _IMPORTING.end()
+        torch.set_num_threads(before[0])
+    assert found == 3
+    assert (torch.get_num_threads(), sys.getswitchinterval(), gc.isenabled()) == before
 
 
 def interrupted(reached: list[str]) -> None:

@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft_files import write_adapter
 
-from loramgr import IncompatibleError, IntegrityError, LoramgrError, MergeOptions, NotFoundError, Workspace
+from loramgr import (
+    IncompatibleError,
+    IntegrityError,
+    LoramgrError,
+    MergeOptions,
+    NotFoundError,
+    UsageError,
+    Workspace,
+)
 from loramgr.checkpoints.journal import JOURNAL
 from loramgr.digests import digest_file
 
@@ -200,6 +209,26 @@ def test_what_was_changed_since_is_found_and_nothing_is_lost(
     assert (back.source, back.base_digest) == ("base", record["base_digest"])
 
 
+def test_a_kept_file_of_the_base_is_checked_before_it_goes_back(
+    workspace: Workspace, model: Path, world: Path, tmp_path: Path
+) -> None:
+    q = "model.layers.0.self_attn.q_proj"
+    shapes = {f"{q}.lora_A.weight": (2, 8), f"{q}.lora_B.weight": (8, 2), "score.weight": (4, 8)}
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    workspace.merge_in_place(str(model), [str(write_adapter(tmp_path / "four-labels", shapes, **config))])
+    kept = model / "loramgr-residual" / "files" / "config.json"
+    assert kept.read_bytes() == (world / "base" / "config.json").read_bytes()
+    kept.write_text("{}")
+    before = contents(model)
+    workspace.base_remove("tiny")
+    with pytest.raises(NotFoundError, match=r"files/config\.json: not the file that the base had"):
+        workspace.unmerge(model)
+    assert contents(model) == before
+    workspace.base_add(world / "base", "tiny")
+    assert workspace.unmerge(model).source == "base"
+    assert (model / "config.json").read_bytes() == (world / "base" / "config.json").read_bytes()
+
+
 def test_an_adapter_that_is_gone_leaves_the_base(workspace: Workspace, model: Path) -> None:
     workspace.merge_in_place(str(model), ["plain"])
     workspace.remove("plain", force=True)
@@ -211,7 +240,13 @@ def test_refusals(workspace: Workspace, model: Path, tmp_path: Path) -> None:
         workspace.merge("tiny", ["plain"], tmp_path / "out", MergeOptions(reversible=True, dtype="float64"))
     with pytest.raises(IncompatibleError, match="not a merged model"):
         workspace.switch(model, ["plain"])
+    before = contents(model)
+    with pytest.raises(UsageError, match="lies in the model folder"):
+        workspace.merge(str(model), ["plain"], model / "new" / "out")
+    assert contents(model) == before
     workspace.merge_in_place(str(model), ["plain"])
+    with pytest.raises(UsageError, match="lies in the model folder"):
+        workspace.unmerge(model, model / "out")
     with pytest.raises(IncompatibleError, match="merge already"):
         workspace.merge_in_place(str(model), ["wide"])
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "one.bin")

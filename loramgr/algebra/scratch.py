@@ -23,11 +23,15 @@ class Scratch:
         key = slot, dtype
         last = self._last.get(key)
         if last is None or last.shape != like.shape:  # most tiles are of one shape, and to make a view takes its time
-            held = self._held.get(key)
-            if held is None or held.numel() < like.numel():
-                held = self._held[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-            last = self._last[key] = held[: like.numel()].view(like.shape)
+            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+                last = self._last[key] = self._room(key, like).view(like.shape)
         return last
+
+    def _room(self, key: tuple[str, torch.dtype], like: torch.Tensor) -> torch.Tensor:
+        held = self._held.get(key)
+        if held is None or held.numel() < like.numel():
+            held = self._held[key] = torch.empty(like.numel(), dtype=key[1], device=like.device)
+        return held[: like.numel()]
 
 
 def scratch_for(weight: torch.Tensor) -> Scratch:

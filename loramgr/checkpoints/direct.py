@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from pathlib import Path
 
 __all__ = ["PAGE", "open_direct", "write_direct"]
 
-PAGE = 4096  # bytes: no file system asks for a coarser alignment
+PAGE = max(4096, mmap.PAGESIZE)  # bytes: the cache's page, and no file system asks for a coarser alignment
 _LEAST = 1 << 20  # bytes: what is smaller waits longer for the disk than it takes to copy
 _STEP = 1 << 24  # bytes of one call: a failure is told, and an interrupt is heard, before the next
 _REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loramgr.durable import make_folder
-from loramgr.errors import ConflictError, LoramgrError
+from loramgr.errors import ConflictError, LoramgrError, UsageError
 
-__all__ = ["check_free", "exchange", "is_vacant", "settle", "staged", "sweep"]
+__all__ = ["check_apart", "check_free", "exchange", "is_vacant", "settle", "staged", "sweep"]
 
 _LOCK, _FOLDER, _ASIDE = "loramgr-lock", "loramgr-partial", "loramgr-replaced"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -25,6 +25,13 @@ def is_vacant(output: Path) -> bool:
     if output.is_symlink() or not output.is_dir():
         return not os.path.lexists(output)
     return not any(output.iterdir())
+
+
+def check_apart(output: Path, model: Path) -> None:
+    """Raise UsageError when the output would lie inside the model folder, whose files are copied with all below it."""
+    inside, place = model.resolve(), output.resolve()
+    if inside in place.parents:
+        raise UsageError(f"{output} lies in the model folder {model}, of which it is to be a copy", "-o DIR beside it")
 
 
 def check_free(output: Path, needed: int) -> None:
@@ -53,8 +60,12 @@ def staged(output: Path, *, replace: bool = False, resume: bool = False) -> Iter
         if not replace and not is_vacant(output):
             raise ConflictError(f"{output}: there is something already", "choose another folder, or remove it")
         folder.mkdir(exist_ok=True)
-        yield folder
-        _sync_tree(folder)
+        try:
+            yield folder
+            _sync_tree(folder)
+        except OSError as error:
+            error.filename = error.filename or str(output)  # a full disk is found by calls that know no name
+            raise
         _appear(folder, output, replace=replace)
 
 

@@ -84,6 +84,9 @@ _KINDS = {error.exit_code: error.kind for error in (LoramgrError, UncheckedError
 
 def _system(error: OSError) -> _Failure:
     """Word what the operating system refused."""
+    if error.errno == errno.ENOENT and error.filename is None:  # what os.getcwd says
+        gone = "the folder that the command was called in is no longer there"
+        return _Failure(_KINDS[4], gone, "cd . where a merge in place has replaced it", 4)
     reason, hint, exit_code = _SYSTEM.get(error.errno or 0, (error.strerror or str(error), None, 1))
     place = error.filename2 or error.filename
     message = f"{os.fsdecode(place)}: {reason}" if isinstance(place, (str, bytes, os.PathLike)) else reason

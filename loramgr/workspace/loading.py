@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread, current_thread, main_thread
+from threading import Event, Lock, Thread, current_thread, main_thread
 from types import FrameType
 
 __all__ = ["loading_torch"]
@@ -23,22 +23,16 @@ def loading_torch() -> Iterator[None]:
     Whoever needs no torch yet goes on, and who does waits for it. An interrupt waits too: one that strikes the main
     thread inside of Python's import machinery leaves a lock behind, for which the loading thread would wait for ever.
     """
-    before: list[int] = []
+    begun = Event()
     with _interrupts_wait() as let_go:
 
         def load() -> None:
-            interval, collecting = sys.getswitchinterval(), gc.isenabled()
-            sys.setswitchinterval(_PATIENCE)
-            gc.disable()  # a seventh of the time goes into looking for garbage, where modules leave none
+            _IMPORTING.begin()
             try:
-                import torch
-
-                before.append(torch.get_num_threads())
-                torch.set_num_threads(1)
+                _COMPUTING.begin()
+                begun.set()
             finally:
-                sys.setswitchinterval(interval)
-                if collecting:
-                    gc.enable()
+                _IMPORTING.end()
                 let_go()
 
         thread = Thread(target=load, name="loading torch")
@@ -47,10 +41,62 @@ def loading_torch() -> Iterator[None]:
             yield
         finally:
             thread.join()
-            if before:
-                import torch
+            if begun.is_set():
+                _COMPUTING.end()
 
-                torch.set_num_threads(before[0])
+
+def _import_quietly() -> Callable[[], None]:
+    """Make threads take turns often, and collect no garbage; return what takes that back."""
+    interval, collecting = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(_PATIENCE)
+    gc.disable()  # a seventh of the time goes into looking for garbage, where modules leave none
+
+    def undo() -> None:
+        sys.setswitchinterval(interval)
+        if collecting:
+            gc.enable()
+
+    return undo
+
+
+def _compute_alone() -> Callable[[], None]:
+    """Load torch and let it compute with one thread; return what gives it back the threads that it had."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return lambda: torch.set_num_threads(threads)
+
+
+class _Setting:
+    """A setting of the process that blocks change while they run, each in its thread.
+
+    The first of several that overlap finds what every one of them puts back: the others find it changed already.
+    """
+
+    def __init__(self, change: Callable[[], Callable[[], None]]) -> None:
+        self._change = change
+        self._lock = Lock()
+        self._blocks = 0
+        self._undo: Callable[[], None] = lambda: None
+
+    def begin(self) -> None:
+        """Change the setting for a block."""
+        with self._lock:
+            undo = self._change()
+            if not self._blocks:
+                self._undo = undo
+            self._blocks += 1
+
+    def end(self) -> None:
+        """Put back what the first of the blocks found."""
+        with self._lock:
+            self._blocks -= 1
+            self._undo()
+
+
+_IMPORTING = _Setting(_import_quietly)
+_COMPUTING = _Setting(_compute_alone)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loramgr.checkpoints.fingerprint import fingerprint
 from loramgr.checkpoints.source import MERGE_RECORD, open_checkpoint
-from loramgr.checkpoints.staging import check_free, staged, sweep
+from loramgr.checkpoints.staging import check_apart, check_free, staged, sweep
 from loramgr.digests import TensorDigest, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, UsageError
 from loramgr.records import MergedAdapter, MergeReport
@@ -46,7 +46,10 @@ def merge(home: Home, base_text: str, adapters: Sequence[Asked], output: Path, o
     """
     if not adapters:
         raise UsageError("no adapter to merge", "loramgr list")
-    return merge_onto(home, find_base(home, base_text), adapters, Destination(output), options)
+    base = find_base(home, base_text)
+    if base.checkpoint.path == base.checkpoint.root:
+        check_apart(output, base.checkpoint.root)
+    return merge_onto(home, base, adapters, Destination(output), options)
 
 
 def merge_in_place(home: Home, base_text: str, adapters: Sequence[Asked], options: MergeOptions) -> MergeReport:

@@ -23,6 +23,7 @@ from loramgr.workspace.options import MergeOptions
 from loramgr.workspace.planning import MergePlan, plan_merge
 from loramgr.workspace.replaying import check_picks, replayed
 from loramgr.workspace.sources import OpenBase
+from loramgr.workspace.standing import file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +137,16 @@ def _digests(
 
 
 def _moved(folder: Path, record: MergedFolder) -> dict[str, Path | None]:
-    """Return where the files of the base are that the merge made or changed, None for those that it had not."""
+    """Return where the files of the base are that the merge made or changed, None for those that it had not.
+
+    Raises IntegrityError, naming the file, for one that is not as the base had it.
+    """
     changed = {str(file["path"]): file["before"] for file in record.files if file["before"] != file["after"]}
-    return {name: None if before is None else folder / FILES / name for name, before in changed.items()}
+    moved = {name: None if before is None else folder / FILES / name for name, before in changed.items()}
+    for name, path in moved.items():
+        if path is not None and file_digest(path) != changed[name]:
+            raise IntegrityError(f"{path}: not the file that the base had, {changed[name]}", "loramgr base add PATH")
+    return moved
 
 
 def _as_base(checkpoint: Checkpoint, own: dict[str, TensorView], moved: Mapping[str, Path | None]) -> Checkpoint:

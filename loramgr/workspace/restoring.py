@@ -11,7 +11,7 @@ from loramgr.checkpoints.config import ConfigChange
 from loramgr.checkpoints.fingerprint import fingerprint
 from loramgr.checkpoints.output import carry_over, copy_files, merged_names
 from loramgr.checkpoints.source import MERGE_RECORD, Checkpoint, open_checkpoint
-from loramgr.checkpoints.staging import check_free, staged, sweep
+from loramgr.checkpoints.staging import check_apart, check_free, staged, sweep
 from loramgr.digests import TensorDigest, tensors_digest
 from loramgr.errors import IncompatibleError, IntegrityError, NotFoundError
 from loramgr.records import MergeCheck, UnmergeReport
@@ -43,6 +43,8 @@ def unmerge(home: Home, folder: Path, output: Path | None, device: str = "auto")
     """
     sweep(folder.resolve())  # a killed run may have moved the folder out of its place, or left the old one
     record = merged_folder(folder)
+    if output is not None:
+        check_apart(output, folder)
     target = folder.resolve() if output is None else output  # a link to the folder stays a link to it
     where = Destination(target, replaces=target if output is None else None)
     digest, source = with_base(

@@ -137,6 +137,21 @@ def test_names_that_are_not_clear_are_refused(flat: str, modules: tuple[str, ...
         _resolve(flat, *modules)
 
 
+def test_a_base_that_is_one_model_of_several_is_told(tmp_path: Path) -> None:
+    names = ForeignNames(("lora_unet_a_q", "lora_te_b_q"), "_")
+    with pytest.raises(IncompatibleError, match="modules of lora_unet_ and not those of lora_te_") as caught:
+        names.resolve({}, _specs("a.q"), None)
+    assert "one .safetensors file" in str(caught.value.hint)
+    with pytest.raises(IncompatibleError, match=r"no module for lora_te_b_q$"):
+        names.resolve({}, _specs("c"), None)
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    with pytest.raises(IncompatibleError, match="a pipeline of diffusers") as caught:
+        Workspace(tmp_path / "home").base_add(pipeline, "pipeline")
+    assert "unet, transformer, text_encoder" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("as_convolution", [True, False])
 def test_a_one_by_one_convolution_is_a_linear_layer(tmp_path: Path, as_convolution: bool) -> None:
     before = save_base(tmp_path / "base.safetensors", Network())

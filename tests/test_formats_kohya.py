@@ -80,6 +80,18 @@ def test_wrong_tensors_are_named(tmp_path: Path, shapes: dict[str, tuple[int, ..
         read_adapter(_save(tmp_path / "wrong.safetensors", shapes))
 
 
+def test_what_the_metadata_says_and_no_tensor_bears_out_is_told(tmp_path: Path) -> None:
+    said = {"ss_network_alpha": "1", "ss_network_args": '{"dora_wd": "True"}'}
+    warnings = read_adapter(_save(tmp_path / "a.safetensors", PAIR, said)).warnings
+    assert [any(word in each for each in warnings) for word in ("ss_network_alpha '1'", "no dora_scale")] == [
+        True,
+        True,
+    ]
+    whole = PAIR | {"lora_unet_a_b.alpha": (), "lora_unet_a_b.dora_scale": (4, 1)}
+    warnings = read_adapter(_save(tmp_path / "b.safetensors", whole, said)).warnings
+    assert not any("ss_network" in each for each in warnings)
+
+
 def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
     tensors = {name: torch.ones(shape) for name, shape in PAIR.items()}
     save_file(tensors | {"lora_unet_a_b.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")

@@ -18,7 +18,8 @@ class ReadHints:
     `alpha` is the numerator of the scaling, for formats that do not store it; `enable_lora` says which slices of a
     fused weight have factors (loralib's MergedLinear); `initial` is the adapter as it was before the training, for one
     of PEFT whose initialisation changed the base. With `is_looked_at` the adapter is only to be described: it is read
-    without a scaling that nobody says. Raises UsageError for an alpha that is no finite number.
+    without a scaling that nobody says, and without the initial adapter. Raises UsageError for an alpha that is no
+    finite number.
     """
 
     alpha: float | None = None

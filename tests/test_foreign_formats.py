@@ -123,6 +123,38 @@ def test_mlx_scale_is_raw_and_its_default_is_told(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(said))
     with pytest.raises(IncompatibleError, match="an alpha and no scale"):
         read_adapter(folder)
+    said["lora_parameters"] = {"rank": 2, "scale": None}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(IncompatibleError, match="scale is None"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("use_rslora", True, "use_rslora is True, and torchtune scales"),
+        ("alpha_pattern", {"q_proj": 3}, "alpha_pattern is .*, and torchtune scales"),
+        ("use_dora", True, "holds no magnitude"),
+    ],
+)
+def test_what_torchtune_has_not_is_no_part_of_its_configuration(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    folder = write_torchtune_file(tmp_path / "adapter").parent
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | {key: value}))
+    with pytest.raises(IncompatibleError, match=message):
+        read_adapter(folder)
+
+
+def test_loralib_has_no_parameter_beside_the_factors_but_a_bias(tmp_path: Path) -> None:
+    path = write_loralib_file(tmp_path / "adapter")
+    module = next(iter(factors()))
+    torch.save(torch.load(path) | {f"{module}.bias": torch.ones(8)}, path)
+    assert f"{module}.bias" in read_adapter(path, ReadHints(alpha=6.0)).updates
+    torch.save(torch.load(path) | {f"{module}.alpha": torch.tensor(6.0)}, path)
+    with pytest.raises(IncompatibleError, match=r"no rule of loralib's explains the tensor .*q_proj\.alpha"):
+        read_adapter(path, ReadHints(alpha=6.0))
 
 
 def test_a_scale_that_one_number_cannot_be_is_baked(tmp_path: Path, shared_data: Path) -> None:

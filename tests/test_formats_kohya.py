@@ -80,6 +80,18 @@ def test_wrong_tensors_are_named(tmp_path: Path, shapes: dict[str, tuple[int, ..
         read_adapter(_save(tmp_path / "wrong.safetensors", shapes))
 
 
+def test_what_the_metadata_says_and_no_tensor_bears_out_is_told(tmp_path: Path) -> None:
+    said = {"ss_network_alpha": "1", "ss_network_args": '{"dora_wd": "True"}'}
+    warnings = read_adapter(_save(tmp_path / "a.safetensors", PAIR, said)).warnings
+    assert [any(word in each for each in warnings) for word in ("ss_network_alpha '1'", "no dora_scale")] == [
+        True,
+        True,
+    ]
+    whole = PAIR | {"lora_unet_a_b.alpha": (), "lora_unet_a_b.dora_scale": (4, 1)}
+    warnings = read_adapter(_save(tmp_path / "b.safetensors", whole, said)).warnings
+    assert not any("ss_network" in each for each in warnings)
+
+
 def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
     tensors = {name: torch.ones(shape) for name, shape in PAIR.items()}
     save_file(tensors | {"lora_unet_a_b.alpha": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
@@ -135,6 +147,21 @@ def test_names_are_resolved_against_the_base(flat: str, modules: tuple[str, ...]
 def test_names_that_are_not_clear_are_refused(flat: str, modules: tuple[str, ...], message: str) -> None:
     with pytest.raises(IncompatibleError, match=message):
         _resolve(flat, *modules)
+
+
+def test_a_base_that_is_one_model_of_several_is_told(tmp_path: Path) -> None:
+    names = ForeignNames(("lora_unet_a_q", "lora_te_b_q"), "_")
+    with pytest.raises(IncompatibleError, match="modules of lora_unet_ and not those of lora_te_") as caught:
+        names.resolve({}, _specs("a.q"), None)
+    assert "one .safetensors file" in str(caught.value.hint)
+    with pytest.raises(IncompatibleError, match=r"no module for lora_te_b_q$"):
+        names.resolve({}, _specs("c"), None)
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    with pytest.raises(IncompatibleError, match="a pipeline of diffusers") as caught:
+        Workspace(tmp_path / "home").base_add(pipeline, "pipeline")
+    assert "unet, transformer, text_encoder" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("as_convolution", [True, False])

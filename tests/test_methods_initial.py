@@ -94,6 +94,26 @@ def test_the_version_is_a_plain_one_and_remembers_its_making(tmp_path: Path) -> 
     assert {each.rank for each in hinted.inspect(str(tmp_path / "trained")).modules} >= {8}
 
 
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ("pissa_niter_4", {}), ("OLoRA", {}), ("corda", {"corda_config": {"corda_method": "ipm"}}),
+        ("lora_ga", {"lora_ga_config": {"direction": "ArB2r"}}), ("loftq", {"loftq_config": {"loftq_bits": 4}}),
+    ],
+)  # fmt: skip
+def test_without_the_initial_adapter_it_is_described(tmp_path: Path, init: str, said: dict[str, object]) -> None:
+    folder = write_adapter(tmp_path / "adapter", init_lora_weights=init, **said)
+    workspace = Workspace(tmp_path / "home")
+    report = workspace.inspect(str(folder))
+    assert report.method == "lora"
+    assert {module.rank for module in report.modules} == {2}
+    assert not report.mergeable
+    assert ("merge it with PEFT" if init == "loftq" else "--initial INITIAL") in report.reason
+    assert any("was in the base before" in warning for warning in report.warnings)
+    with pytest.raises(IncompatibleError, match=r"at the start of training|does not support LoftQ"):
+        workspace.add(folder)
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     _trained(tmp_path)
     _trained(tmp_path / "other", r=3)

@@ -124,6 +124,80 @@ def test_square_experts_need_a_version(tmp_path: Path) -> None:
         assert (merged - weight - expected).abs().max() <= 1e-5
 
 
+def test_experts_that_the_file_has_one_by_one(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(6)
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double()
+    model.save_pretrained(tmp_path / "base")
+    wanted = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]  # gate_up_proj is square
+    live = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=wanted))
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    live.save_pretrained(tmp_path / "adapter")
+    expected = live.merge_and_unload().state_dict()
+    workspace = Workspace(tmp_path / "home")
+    workspace.base_add(tmp_path / "base", "base")
+    workspace.add(tmp_path / "adapter", AddOptions(name="adapter", base="base"))
+    workspace.merge("base", ["adapter"], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64).state_dict()
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (merged[name] - tensor).abs().max() <= 1e-6, name
+    kinds = {module.name: module.kind for module in workspace.inspect("adapter").modules}
+    assert kinds["model.layers.0.mlp.experts.gate_up_proj"] == "experts"
+
+
+def split_experts(folder: Path, **changed: torch.Tensor) -> tuple[Path, dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    shapes = {"gate_proj": (2, 4), "up_proj": (2, 4), "down_proj": (4, 2)}
+    names = {f"layers.0.mlp.experts.{e}.{leaf}.weight": shapes[leaf] for leaf in shapes for e in range(3)}
+    weights = {name: torch.randn(shape) for name, shape in names.items()} | changed
+    base = save_base(folder, torch.nn.ParameterDict({"x": torch.zeros(1)}))
+    save_file(weights, base / "model.safetensors")
+    return base, weights
+
+
+def square_experts(folder: Path, version: str) -> tuple[Path, torch.Tensor]:
+    """Write an adapter of gate_up_proj (3, 4, 4) for the model, and return what it adds as (experts, out, in)."""
+    a, b = torch.randn(6, 4), torch.randn(4, 6)
+    said = {"target_parameters": ["experts.gate_up_proj"], "target_modules": [], "peft_version": version}
+    write_adapter(folder, lora_alpha=2, **said)
+    path = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    save_file({path.format("A"): a, path.format("B"): b}, folder / "adapter_model.safetensors")
+    return folder, torch.einsum("ore,eri->eoi", b.reshape(4, 2, 3), a.reshape(3, 2, 4))
+
+
+@pytest.mark.parametrize(("version", "turned"), [("0.19.0", False), ("0.18.1", True)])
+def test_square_experts_one_by_one_below_another_prefix(tmp_path: Path, version: str, turned: bool) -> None:
+    from safetensors.torch import load_file
+
+    base, weights = split_experts(tmp_path / "base")
+    adapter, added = square_experts(tmp_path / "adapter", version)
+    Workspace(tmp_path / "home").merge(str(base), [str(adapter)], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for index, delta in enumerate(added.mT if turned else added):
+        for leaf, part in zip(("gate_proj", "up_proj"), delta.split(2), strict=True):
+            name = f"layers.0.mlp.experts.{index}.{leaf}.weight"
+            assert (merged[name] - weights[name] - part).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 5)])
+def test_experts_that_make_up_no_tensor_are_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    base, _ = split_experts(tmp_path / "base", **{"layers.0.mlp.experts.1.up_proj.weight": torch.zeros(shape)})
+    adapter, _ = square_experts(tmp_path / "adapter", "0.19.0")
+    with pytest.raises(IncompatibleError, match=r"no module model\.layers\.0\.mlp\.experts ") as caught:
+        Workspace(tmp_path / "home").merge(str(base), [str(adapter)], tmp_path / "merged")
+    assert "save_original_format=False" in str(caught.value.hint)
+
+
 def test_multihead_attention_is_merged_once(tmp_path: Path) -> None:
     from peft import LoraConfig
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from loramgr.checkpoints.families import (
     is_vocabulary,
 )
 from loramgr.checkpoints.fitting import turned_experts
+from loramgr.checkpoints.mixtures import Mixture, mixtures, parted
 from loramgr.checkpoints.prefixes import Renaming, find_renaming, fitting_renamings
 from loramgr.checkpoints.shapes import BoundKind, Layouts, Pair, check_fits, layered, refuse_quantized
 from loramgr.checkpoints.tying import keep_tied
@@ -67,10 +68,15 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """The base as binding sees it: tensors in the file, and tied names that the file leaves out."""
+    """The base as binding sees it: tensors in the file, and names that it leaves out: tied ones, and the model's own.
+
+    `mixtures` are tensors that the file has in pieces, `renamed` the model's names of others that the file has.
+    """
 
     specs: Mapping[str, TensorSpec]
     tied: dict[str, TieGroup]
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_specs(self) -> dict[str, TensorSpec]:
@@ -80,8 +86,10 @@ class _Base:
 
     def spec(self, name: str) -> TensorSpec | None:
         """Return the tensor of that name, a tied one's by its source; None where the base has none."""
-        if name in self.specs:
-            return self.specs[name]
+        if name in self.specs or name in self.renamed:
+            return self.specs[self.renamed.get(name, name)]
+        if name in self.mixtures:
+            return replace(self.mixtures[name].spec, name=name)
         group = self.tied.get(name)
         return None if group is None else replace(self.specs[group.source], name=name)
 
@@ -105,7 +113,8 @@ def bind(
     if adapter.obstacle is not None:
         raise IncompatibleError(f"the adapter cannot be merged: {adapter.obstacle}", "it is kept and exported as it is")
     refuse_quantized(specs, config)
-    base = _Base(specs, {name: group for group in ties for name in group.tied if name not in specs})
+    tied = {name: group for group in ties for name in group.tied if name not in specs}
+    base = _Base(specs, tied, *mixtures(specs))
     adapter = adapter.resolved(base.all_specs, config)
     renaming = _renaming(adapter.updates, base)
     targets = {name: _target(name, renaming, base) for name in sorted(adapter.updates)}
@@ -123,10 +132,13 @@ def bind(
         check_fits(pair, dtypes)
     layouts = Layouts.read(pairs.values(), config)
     bound = [
-        _bind_existing(name, pairs[name], layouts, base)
-        if name in pairs
-        else _bind_new(name, target, adapter.updates[name], layouts, base)
+        each
         for name, target in targets.items()
+        for each in (
+            _bind_existing(name, pairs[name], layouts, base)
+            if name in pairs
+            else [_bind_new(name, target, adapter.updates[name], layouts, base)]
+        )
     ]
     if adapter.keeps_ties:
         bound = keep_tied(bound)
@@ -146,7 +158,7 @@ def _target(name: str, renaming: Renaming, base: _Base) -> str:
 
 def _renaming(updates: Mapping[str, Update], base: _Base) -> Renaming:
     """Resolve what must exist in the base; lacking that, what usually does."""
-    known = base.specs.keys() | base.tied.keys()
+    known = base.specs.keys() | base.tied.keys() | base.mixtures.keys() | base.renamed.keys()
     required = {name for name, update in updates.items() if _must_exist(name, update, updates)}
     carried = {name for name, update in updates.items() if not isinstance(update, Replacement)}
     # a head stands outside of the model that carries the prefix, so it says nothing about the prefix
@@ -181,11 +193,18 @@ def _is_trained_bias(name: str, updates: Mapping[str, Update]) -> bool:
     return not isinstance(updates.get(name.removesuffix("bias") + "weight"), Replacement)
 
 
-def _bind_existing(name: str, pair: Pair, layouts: Layouts, base: _Base) -> BoundUpdate:
+def _bind_existing(name: str, pair: Pair, layouts: Layouts, base: _Base) -> Iterator[BoundUpdate]:
+    """Yield the update, or its parts for the tensors that the file has in its place, by these tensors' names."""
     target, update = pair.spec.name, pair.update
+    if target in base.mixtures:
+        kind = _kind(update, pair.spec, layouts)[0]
+        for spec, part in parted(update, base.mixtures[target]):
+            yield BoundUpdate(spec.name, spec.name, part, kind)
+        return
     kind, transposed = _kind(update, pair.spec, layouts)
     group = base.tied.get(target)
-    return BoundUpdate(name, target, update, kind, transposed, tied_source=None if group is None else group.source)
+    tied_source = None if group is None else group.source
+    yield BoundUpdate(name, target, update, kind, transposed, tied_source=tied_source)
 
 
 def _bind_new(name: str, target: str, update: Update, layouts: Layouts, base: _Base) -> BoundUpdate:

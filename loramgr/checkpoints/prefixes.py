@@ -10,6 +10,11 @@ from loramgr.errors import IncompatibleError
 
 __all__ = ["Renaming", "find_renaming", "fitting_renamings"]
 
+_OF_EXPERTS = (
+    "name the base that the adapter was trained on; if its model has the experts in one tensor and its file has them "
+    "apart, save it by save_pretrained(folder, save_original_format=False)"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
@@ -86,5 +91,5 @@ def _unresolved(required: Collection[str], names: Collection[str]) -> Incompatib
     nearest = f"; the closest names are {', '.join(close)}" if close else ""
     return IncompatibleError(
         f"the base has no module {module or missing} that the adapter updates{nearest}",
-        "name the base that the adapter was trained on",
+        _OF_EXPERTS if module.endswith("experts") else "name the base that the adapter was trained on",
     )

@@ -33,6 +33,10 @@ CHOICES = ("model.safetensors", "pytorch_model.bin")
 _PICKLES = (".bin", ".pt", ".pth")
 _NOT_CARRIED = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.safetensors", "*.ckpt", "*.ot",
                 "*.safetensors.index.json", "*.bin.index.json", "optimizer*", MERGE_RECORD)  # fmt: skip
+_OF_PIPELINE = (
+    "name the folder of one of them (unet, transformer, text_encoder), or for an adapter of several of them the "
+    "checkpoint of the whole pipeline in one .safetensors file"
+)
 _NOT_ENTERED = frozenset({".git", ".cache", "loramgr-residual"})
 
 
@@ -126,7 +130,8 @@ def choose_weights(names: Collection[str], where: str) -> tuple[str | None, str 
     """Return the index file or else the single weights file that transformers would open, the other one None.
 
     `names` are those of the files at the top of the folder, `where` is the folder's name for messages. Raises
-    NotFoundError when there are no weights, IncompatibleError for an adapter, or when several files compete.
+    NotFoundError when there are no weights, IncompatibleError for an adapter or a pipeline, or when several files
+    compete.
     """
     for single in CHOICES:
         if f"{single}.index.json" in names:
@@ -141,6 +146,10 @@ def choose_weights(names: Collection[str], where: str) -> tuple[str | None, str 
         raise IncompatibleError(
             f"{where}: several weights files and nothing that says which: {', '.join(indexes or found)}",
             "name the one file, or keep one of them in the folder",
+        )
+    if not (indexes or found) and "model_index.json" in names:
+        raise IncompatibleError(
+            f"{where}: a pipeline of diffusers, whose models lie in folders of their own", _OF_PIPELINE
         )
     if not (indexes or found):
         raise NotFoundError(f"{where}: no model.safetensors, pytorch_model.bin or index of shards in this folder")

@@ -62,6 +62,10 @@ _SPELLED = {
     "transformer.": "lora_unet_",
 }
 _HINT = "give the base that it was trained on with --base"
+_WHOLE = (
+    "give a base that has all of them: the checkpoint of the whole pipeline in one .safetensors file, not the folder "
+    "of one of its models"
+)
 
 
 def flattened(module: str, separator: Separator = "_") -> str:
@@ -125,10 +129,7 @@ class ForeignNames:
         others = other_names(specs)
         known = sorted({name.rpartition(".")[0] for name in specs if "." in name} | others.keys())
         bases = _Modules(known, self.separator, prefixes)
-        found: dict[str, str] = {}
-        for component in sorted({component_of(module, self.separator) for module in self.modules}):
-            mine = [name for name in self.modules if component_of(name, self.separator) == component]
-            found |= bases.resolved(component, mine)
+        found = self._found(bases)
         cuts: dict[str, list[Cut]] = {}
         for name, update in updates.items():
             module, _, parameter = name.rpartition(".")
@@ -137,6 +138,25 @@ class ForeignNames:
             for target, parts in (placed(name, update, others[own]) if own in others else whole).items():
                 cuts.setdefault(target, []).extend(parts)
         return {target: _as_stored(joined(target, parts, specs), specs.get(target)) for target, parts in cuts.items()}
+
+    def _found(self, bases: _Modules) -> dict[str, str]:
+        """Return the base's name of every module; of components that it lacks the error says that others are there."""
+        found: dict[str, str] = {}
+        lacking: dict[str, IncompatibleError] = {}
+        for component in sorted({component_of(module, self.separator) for module in self.modules}):
+            mine = [name for name in self.modules if component_of(name, self.separator) == component]
+            try:
+                found |= bases.resolved(component, mine)
+            except IncompatibleError as error:
+                lacking[component] = error
+        for component, why in lacking.items():
+            others = ", ".join(sorted({component_of(name, self.separator) for name in found} - {""}))
+            if not (others and component):
+                raise why
+            raise IncompatibleError(
+                f"{why.message}: the base has the modules of {others} and not those of {component}", _WHOLE
+            ) from why
+        return found
 
 
 def _as_stored(update: Update, spec: TensorSpec | None) -> Update:

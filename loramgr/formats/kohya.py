@@ -6,7 +6,8 @@ Sources: sd-scripts `networks/lora.py` and `library/train_util.py`, LyCORIS 4.1 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from loramgr.adapter import Adapter
 from loramgr.errors import IncompatibleError
@@ -23,6 +24,7 @@ __all__ = ["MODULE_NAMES", "detect"]
 
 MODULE_NAMES = "loramgr_modules"  # metadata of files that loramgr wrote: a module's name in the file → its own
 _FACTORS = frozenset({"down", "up"})
+_DORA = re.compile(r'"(?:dora_wd|weight_decompose)":\s*"?(?:true|1)\b', re.IGNORECASE)
 
 
 def detect(files: AdapterFiles) -> Evidence | None:
@@ -53,7 +55,18 @@ def read_kohya(files: AdapterFiles, hints: ReadHints) -> Adapter:
     if left:
         raise unexplained(left)
     source = Source(_format_of(files), files, bool(names), ranks=None if names else _noted_ranks(files.metadata))
-    return adapter_of(source, modules)
+    adapter = adapter_of(source, modules)
+    return replace(adapter, warnings=(*adapter.warnings, *_contradictions(files.metadata, modules)))
+
+
+def _contradictions(metadata: Mapping[str, str], modules: Mapping[str, Module]) -> Iterator[str]:
+    """Yield what sd-scripts noted of the training that no tensor of the file bears out."""
+    roles = {role for module in modules.values() for role in module.tensors}
+    alpha = metadata.get("ss_network_alpha")
+    if alpha is not None and "alpha" not in roles:
+        yield f"The metadata has ss_network_alpha {alpha!r} and no tensor an alpha: the tensors count, as for loaders."
+    if "magnitude" not in roles and _DORA.search(metadata.get("ss_network_args", "")):
+        yield "The metadata's ss_network_args ask for DoRA, and the file holds no dora_scale: it is read as it is."
 
 
 def _noted_ranks(metadata: Mapping[str, str]) -> frozenset[int]:

@@ -55,7 +55,8 @@ def read_loralib(files: AdapterFiles, hints: ReadHints) -> Adapter:
     updates: dict[str, Update] = {f"{module}.weight": _low_rank(module, tensors, alpha) for module in modules}
     for name, view in tensors.items():
         if not name.endswith(_ENDS):
-            if "lora_" in name or name in updates:
+            module, _, leaf = name.rpartition(".")
+            if "lora_" in name or name in updates or (leaf != "bias" and f"{module}.weight" in updates):
                 raise IncompatibleError(f"{files.weights}: no rule of loralib's explains the tensor {name}")
             updates[name] = Replacement(view)
     pairs = [update for update in updates.values() if isinstance(update, LowRank)]

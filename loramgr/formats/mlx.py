@@ -105,7 +105,7 @@ def _settings(fields: Fields) -> _Settings:
 
 
 def _scale(inner: Fields) -> float:
-    if inner.content.get("scale") is not None:
+    if "scale" in inner.content:
         return inner.number("scale")
     if "alpha" in inner.content:
         raise IncompatibleError(

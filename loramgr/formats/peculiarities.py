@@ -131,7 +131,7 @@ def told_by_pickle(path: Path) -> Told | None:
     Raises OSError where the file cannot be read.
     """
     with path.open("rb") as file:
-        head = file.read(_PICKLE)
+        head = file.read(min(_PICKLE, path.stat().st_size))  # as read() reserves what it is asked for
     if b"param_groups" in head:
         return Told("optimizer-state", "the state of an optimizer", ("a pickle with param_groups",), hint=NEXT)
     if b"TrainingArguments" in head:

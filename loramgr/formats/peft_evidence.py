@@ -7,7 +7,7 @@ from loramgr.formats.evidence import Evidence, counted
 from loramgr.formats.files import AdapterFiles
 from loramgr.formats.hints import ReadHints
 from loramgr.formats.peft import read_peft
-from loramgr.formats.peft_initial import read_from_initial
+from loramgr.formats.peft_initial import read_from_initial, read_to_look_at
 from loramgr.formats.peft_keys import PREFIX
 
 __all__ = ["detect", "evidence"]
@@ -39,4 +39,6 @@ def evidence(files: AdapterFiles) -> Evidence:
 
 
 def _read(files: AdapterFiles, hints: ReadHints) -> Adapter:
-    return read_peft(files.folder) if hints.initial is None else read_from_initial(files.folder, hints.initial)
+    if hints.initial is not None:
+        return read_from_initial(files.folder, hints.initial)
+    return read_to_look_at(files.folder) if hints.is_looked_at else read_peft(files.folder)

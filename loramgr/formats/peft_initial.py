@@ -19,7 +19,7 @@ from loramgr.formats.configuration import Fields
 from loramgr.formats.files import adapter_files
 from loramgr.formats.folder import CONFIGURATION
 from loramgr.formats.peft import load_parts, read_parts
-from loramgr.formats.peft_variants import LORA, base_changing, peft_type
+from loramgr.formats.peft_variants import LORA, base_changing, peft_type, reason_of_changed_base
 from loramgr.formats.peft_writer import WEIGHTS, patterned
 from loramgr.formats.written_file import write_safetensors
 from loramgr.tensorfile import TensorSpec, TensorView
@@ -28,7 +28,7 @@ from loramgr.views import ComputedTensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_as_plain", "read_from_initial", "without", "write_plain"]
+__all__ = ["read_as_plain", "read_from_initial", "read_to_look_at", "without", "write_plain"]
 
 
 def read_from_initial(folder: Path, initial: Path) -> Adapter:
@@ -49,6 +49,26 @@ def read_from_initial(folder: Path, initial: Path) -> Adapter:
     if began is not None and _kind(began) != _kind(method):
         raise IncompatibleError(f"{initial} began as {began}, and {folder} as {method}")
     return _subtracted(trained, _pairs(trained, before, initial))
+
+
+def read_to_look_at(folder: Path) -> Adapter:
+    """Read the adapter in the folder to be described: one that changed the base as its factors, and with an obstacle.
+
+    Raises as `read_peft`, but not for an initialisation that changed the base.
+    """
+    fields, tensors, metadata = load_parts(folder)
+    reason = reason_of_changed_base(fields) if peft_type(fields) == LORA else None
+    if reason is None:
+        return read_parts(fields, tensors, metadata)
+    content = {key: value for key, value in fields.content.items() if key not in ("init_lora_weights", "loftq_config")}
+    adapter = read_parts(Fields(fields.path, content), tensors, metadata)
+    told = "the figures are those of lora_B lora_A, of which a part was in the base before the training"
+    return replace(
+        adapter,
+        config=fields.content,
+        obstacle=adapter.obstacle or reason,
+        warnings=(*adapter.warnings, told),
+    )
 
 
 def _kind(init: str) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "kept_whole",
     "obstacle_of_variant",
     "peft_type",
+    "reason_of_changed_base",
     "refuse_variants",
 ]
 
@@ -54,6 +55,9 @@ _REFUSED_KEYS = {
 }
 
 _BASE_CHANGING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_CHANGED = (
+    "changes the base at the start of training, so the trained model is not the base plus scaling * lora_B lora_A"
+)
 _SUBTRACT = (
     "loramgr add PATH --initial INITIAL, the adapter as PEFT saved it before the training, or of PiSSA and OLoRA "
     "--initial base, which computes it of the base; or have PEFT convert it: "
@@ -121,6 +125,16 @@ def base_changing(fields: Fields) -> str | None:
     return found
 
 
+def reason_of_changed_base(fields: Fields) -> str | None:
+    """Return why only the base that the training changed fits the adapter, and what to do; None for every other."""
+    init = fields.content.get("init_lora_weights")
+    said = init.lower() if isinstance(init, str) else ""
+    if not _is_unset(fields.content.get("loftq_config")):
+        said = "loftq"
+    found = next((prefix for prefix in _BASE_CHANGING if said.startswith(prefix)), None)
+    return None if found is None else f"{_BASE_CHANGING[found]} {_CHANGED}; {_NEXT.get(found, _SUBTRACT)}"
+
+
 def _is_unset(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
@@ -134,8 +148,7 @@ def _refuse_init(fields: Fields) -> None:
     for prefix, name in _BASE_CHANGING.items():
         if init.lower().startswith(prefix):
             raise IncompatibleError(
-                f"{fields.path}: init_lora_weights {init!r}: {name} changes the base at the start of training, so the "
-                "trained model is not the base plus scaling * lora_B lora_A",
+                f"{fields.path}: init_lora_weights {init!r}: {name} {_CHANGED}",
                 _NEXT.get(prefix, _SUBTRACT),
             )
     if init not in _PLAIN_INITS and init.lower() not in _PLAIN_INITS_ANY_CASE:

@@ -13,6 +13,7 @@ from typing import Any
 
 from loramgr.adapter import Adapter, LowRank, Naming, Update
 from loramgr.errors import IncompatibleError, UsageError
+from loramgr.formats.configuration import Fields
 from loramgr.formats.evidence import Evidence, counted
 from loramgr.formats.files import AdapterFiles
 from loramgr.formats.gguf import reordered
@@ -63,6 +64,8 @@ def read_torchtune(files: AdapterFiles, hints: ReadHints) -> Adapter:
     updates = {f"{name}.weight": _low_rank(name, roles, alpha) for name, roles in _modules(files, tensors).items()}
     if fields is not None and "r" in fields.content and {each.rank for each in updates.values()} != {fields.rank("r")}:
         raise IncompatibleError(f"{files.weights}: its rank is not the {fields.rank('r')} of its configuration")
+    if fields is not None:
+        _check_settings(fields, has_magnitudes=any(update.magnitude for update in updates.values()))
     scalings = {update.scaling for update in updates.values()}
     return Adapter(
         format="torchtune",
@@ -78,6 +81,17 @@ def read_torchtune(files: AdapterFiles, hints: ReadHints) -> Adapter:
         hints={"alpha": alpha} if fields is None and alpha is not None else {},
         **unscaled("torchtune", alpha),
     )
+
+
+def _check_settings(fields: Fields, *, has_magnitudes: bool) -> None:
+    """Raise IncompatibleError for what PEFT's configuration can say and torchtune's layers do not have."""
+    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if fields.content.get(key):
+            raise IncompatibleError(
+                f"{fields.path}: {key} is {fields.content[key]!r}, and torchtune scales every module by alpha / r"
+            )
+    if fields.flag("use_dora") and not has_magnitudes:
+        raise IncompatibleError(f"{fields.path}: use_dora is true, and the file holds no magnitude")
 
 
 def _modules(files: AdapterFiles, tensors: Mapping[str, TensorView]) -> dict[str, dict[str, TensorView]]:

@@ -105,7 +105,7 @@ def _updates(ref: str, adapter: Adapter) -> dict[str, LowRank]:
             raise IncompatibleError(
                 f"{ref}: the factors of {name} are not stored as those of PEFT's LoRA ({adapter.format}, "
                 f"{adapter.method}): not resized",
-                f"loramgr export {ref} DIR --format peft, then resize that",
+                _as_peft(ref, adapter),
             )
         if update.magnitude is not None:
             raise IncompatibleError(
@@ -114,6 +114,13 @@ def _updates(ref: str, adapter: Adapter) -> dict[str, LowRank]:
                 "loramgr merge it, then loramgr extract",
             )
     return {name: replace(update, table=None) for name, update in updates.items()}
+
+
+def _as_peft(ref: str, adapter: Adapter) -> str:
+    """Return how an adapter of another format becomes one that can be resized."""
+    is_named = adapter.naming is None or not adapter.naming.is_needed
+    bind = "" if is_named else f"loramgr bind {ref} BASE, then "
+    return f"{bind}loramgr export {ref} DIR --format peft, loramgr add DIR, and resize that"
 
 
 def _ranks(

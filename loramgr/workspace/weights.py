@@ -44,7 +44,7 @@ class Weights:
         self._bound: dict[int, BoundUpdate] = {}
         for adapter in adapters:
             bound = {each.name: each for each in bind_to(adapter, base).updates}
-            self._bound |= {id(update): bound[name] for name, update in adapter.updates.items()}
+            self._bound |= {id(update): bound[name] for name, update in adapter.updates.items() if name in bound}
 
     def kind(self, update: Update) -> str:
         """Return what the update is on the base, as `BoundUpdate` says it."""

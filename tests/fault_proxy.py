@@ -205,7 +205,7 @@ def serve(endpoint: str) -> Iterator[Proxy]:
     proxy = Proxy((parts.hostname, parts.port))
     with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy})) as server:
         proxy.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield proxy

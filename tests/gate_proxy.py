@@ -96,7 +96,7 @@ def serve(endpoint: str) -> Iterator[Gate]:
     gate = Gate((parts.hostname, parts.port))
     with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"gate": gate})) as server:
         gate.address = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield gate

@@ -181,7 +181,7 @@ def serve(buckets: set[str], token: str) -> Iterator[str]:
     """Serve empty buckets until the block ends; gives the endpoint."""
     storage = Storage({bucket: {} for bucket in buckets}, token)
     with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"storage": storage})) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"

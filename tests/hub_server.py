@@ -92,7 +92,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
     """Serve the repositories until the block ends; `hub.url` is the endpoint."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         hub.url = f"http://127.0.0.1:{server.server_address[1]}"
         try:

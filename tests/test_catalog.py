@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 from logbook import Logbook, summary
+from sqlalchemy import func, literal_column, select
+from sqlalchemy.engine.interfaces import CacheStats
 
 from loramgr.catalog.catalog import Catalog
+from loramgr.catalog.engine import open_engine
 from loramgr.catalog.query import VersionQuery
+from loramgr.catalog.tables import Log as LogTable
 from loramgr.digests import digest_bytes
 from loramgr.errors import (
     ConflictError,
@@ -556,3 +560,18 @@ def test_read_only_catalog_is_read_and_refuses_writes_in_words(book: Logbook) ->
     if code in (1, 77):
         pytest.skip("this system does not let root mount")
     assert code == 0
+
+
+def test_a_statement_is_compiled_once_for_all_catalogs(tmp_path: Path) -> None:
+    statement = select(func.count()).where(literal_column("7") == 7).select_from(LogTable)
+    hits = []
+    for name in ("one", "other"):
+        book = Logbook(tmp_path / name)
+        with open_engine(book.catalog.path).connect() as connection:
+            found = connection.execute(statement)
+            hits.append(found.context.cache_hit)
+            assert found.scalar() == 0
+        book.publish("sql")
+        with open_engine(book.catalog.path).connect() as connection:
+            assert connection.execute(statement).scalar() == 1
+    assert hits == [CacheStats.CACHE_MISS, CacheStats.CACHE_HIT]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from forkserver import ForkServer
 from object_servers import ObjectServers
 from peft_files import write_adapter
 from remote_homes import make_remote, sound, versions
@@ -36,12 +35,12 @@ def test_pushes_at_once_come_to_one_log(
     for client in range(1, CLIENTS):
         shutil.copytree(first.home, tmp_path / f"home{client}")
     homes = [Workspace(tmp_path / f"home{client}") for client in range(CLIENTS)]
-    for turn in range(ROUNDS):
-        for client, home in enumerate(homes):
-            files = write_adapter(tmp_path / f"in{client}-{turn}", lora_alpha=100 + client + turn * CLIENTS)
-            home.add(files, AddOptions(name="x", tags=[f"t{client}-{turn}"], metrics={f"m{client}": turn}))
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            assert [*pool.map(_pushed, homes)] == [(0, "")] * CLIENTS
+    with closing(ForkServer(tmp_path / "said")) as server:
+        for turn in range(ROUNDS):
+            for client, home in enumerate(homes):
+                files = write_adapter(tmp_path / f"in{client}-{turn}", lora_alpha=100 + client + turn * CLIENTS)
+                home.add(files, AddOptions(name="x", tags=[f"t{client}-{turn}"], metrics={f"m{client}": turn}))
+            assert _pushed(server, homes) == [(0, "")] * CLIENTS
     fresh = _registered(tmp_path / "fresh", url)
     fresh.pull([], PullOptions(all_versions=True))
     told = versions(fresh)
@@ -67,7 +66,10 @@ def _registered(home: Path, url: str) -> Workspace:
     return workspace
 
 
-def _pushed(home: Workspace) -> tuple[int, str]:
-    command = [sys.executable, "-m", "loramgr", "--home", str(home.home), "push", "--rebase", "x"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return done.returncode, done.stderr if done.returncode else ""
+def _pushed(server: ForkServer, homes: list[Workspace]) -> list[tuple[int, str]]:
+    """Push from all homes at once, each in a process of its own; return their exit codes and what failed."""
+    pids = [server.start("--home", home.home, "push", "--rebase", "x", held=True) for home in homes]
+    for pid in pids:
+        server.release(pid)
+    codes = [server.wait(pid) for pid in pids]
+    return [(code, server.errors(pid) if code else "") for code, pid in zip(codes, pids, strict=True)]

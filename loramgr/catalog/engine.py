@@ -12,9 +12,13 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection, Engine, ExceptionContext, NullPool, create_engine, event
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.util import LRUCache
 
 from loramgr.errors import ConflictError, IntegrityError, LoramgrError, UncheckedError
 
@@ -25,6 +29,23 @@ CACHE_KIB = 1 << 16  # of changed pages that do not fit into it SQLite writes so
 READ = "BEGIN"
 WRITE = "BEGIN IMMEDIATE"
 _BEGIN = "loramgr_begin"
+_STATEMENTS = 500  # compiled ones that are kept; SQLAlchemy keeps as many for each engine
+
+
+class CatalogDialect(SQLiteDialect_pysqlite):
+    """SQLite's dialect, each equal to every other: what was compiled for one catalog serves all of the process."""
+
+    supports_statement_cache = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CatalogDialect)
+
+    def __hash__(self) -> int:
+        return hash(CatalogDialect)
+
+
+registry.register("sqlite.loramgr", __name__, CatalogDialect.__name__)
+_compiled: LRUCache[Any, Any] = LRUCache(_STATEMENTS)
 
 
 def open_engine(
@@ -50,7 +71,8 @@ def open_engine(
             if isinstance(context.original_exception, UnicodeDecodeError):
                 raise context.original_exception
 
-    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    compiled = {"compiled_cache": _compiled}
+    engine = create_engine("sqlite+loramgr://", creator=connect, poolclass=NullPool, execution_options=compiled)
     event.listen(engine, "begin", _begin)
     event.listen(engine, "handle_error", reword)
     return engine

@@ -25,6 +25,7 @@ from loramgr.adapter import (
     Opaque,
     Orthogonal,
     Patch,
+    Reflected,
     Replacement,
     Rows,
     Scale,
@@ -151,6 +152,17 @@ def _butterfly(draw: Draw) -> Case:
     return Case(Butterfly(view(blocks), view(scale)), (6, 4), applied)
 
 
+def _reflected(draw: Draw) -> Case:
+    vectors = draw((4, 2))
+
+    def applied(weight: torch.Tensor) -> torch.Tensor:
+        for u in vectors.double().T:
+            weight = weight - 2 * (weight @ u)[:, None] * u / (u @ u)
+        return weight
+
+    return Case(Reflected(view(vectors)), (6, 4), applied)
+
+
 def _delta(draw: Draw) -> Case:
     tensor = draw((6, 4))
     return Case(Delta(view(tensor), 0.5), (6, 4), delta=lambda: _product(torch.eye(6), tensor, 0.5))
@@ -191,7 +203,7 @@ def _opaque(draw: Draw) -> Case:
 MAKERS: dict[type[Any], Callable[[Draw], Case]] = {
     LowRank: _low_rank, Shift: _shift, Replacement: _replacement, Rows: _rows, Hadamard: _hadamard,
     Kronecker: _kronecker, Scale: _scale, Orthogonal: _orthogonal, Butterfly: _butterfly, Delta: _delta,
-    Patch: _patch, Experts: _experts, Decomposed: _decomposed, Opaque: _opaque,
+    Reflected: _reflected, Patch: _patch, Experts: _experts, Decomposed: _decomposed, Opaque: _opaque,
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_projections_need_the_base(tmp_path: Path) -> None:
     assert workspace.add(tmp_path / "vera").rank == 5
     with pytest.raises(IncompatibleError, match="projections of a size that the file does not say"):
         workspace.export("vera", tmp_path / "out", format="peft")
-    with pytest.raises(IncompatibleError, match="projections were not saved"):
+    with pytest.raises(IncompatibleError, match="cannot be combined: its modules have projections of a size that"):
         workspace.compose([("vera", 0.5)], "half")
     with pytest.raises(IncompatibleError):
         workspace.resize("vera", ResizeOptions(rank=1))

@@ -8,6 +8,7 @@ import torch
 
 __all__ = ["Scratch", "scratch_for"]
 
+_VIEWS = 64  # of one slot: more are let go together
 _of_thread = local()
 
 
@@ -16,22 +17,21 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._last: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype], dict[torch.Size, torch.Tensor]] = {}
 
     def take(self, slot: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor of any content, of the shape and on the device of `like`."""
-        key = slot, dtype
-        last = self._last.get(key)
-        if last is None or last.shape != like.shape:  # most tiles are of one shape, and to make a view takes its time
+        views = self._views.setdefault((slot, dtype), {})
+        view = views.get(like.shape)
+        if view is None:  # a model has few shapes, and to make a view takes its time
             with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
-                last = self._last[key] = self._room(key, like).view(like.shape)
-        return last
-
-    def _room(self, key: tuple[str, torch.dtype], like: torch.Tensor) -> torch.Tensor:
-        held = self._held.get(key)
-        if held is None or held.numel() < like.numel():
-            held = self._held[key] = torch.empty(like.numel(), dtype=key[1], device=like.device)
-        return held[: like.numel()]
+                held = self._held.get((slot, dtype))
+                if held is None or held.numel() < like.numel() or len(views) >= _VIEWS:
+                    views.clear()
+                    held = torch.empty(like.numel(), dtype=dtype, device=like.device)
+                    self._held[slot, dtype] = held
+                view = views[like.shape] = held[: like.numel()].view(like.shape)
+        return view
 
 
 def scratch_for(weight: torch.Tensor) -> Scratch:

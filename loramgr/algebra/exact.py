@@ -29,7 +29,9 @@ __all__ = ["merge_exact", "merges_by_kernel"]
 TILE = 1 << 19  # elements for each thread: a tile and its temporaries stay in the cache, the calls are few
 _GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
+_STRIP = 1 << 16  # elements: half a megabyte of float64
 _GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
+_GATHERED_ON_CPU = 1 << 21
 _MANY = 32  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
 
 
@@ -104,25 +106,45 @@ class _Merge:
         self._witness = Witness(weight, terms)
         self._scratch = scratch_for(weight)
         self._is_sum = not (self._replaced or self._added or self._decomposed)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+        self._pending: list[tuple[torch.Tensor, Ball | None]] = []
         self._waiting = 0
         self._sound: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fill(self, result: torch.Tensor, rows: slice) -> None:
         """Write the merged rows into the result, but for the entries that wait for `settle`."""
-        ball = self._ball(rows)
-        first = screen if result.dtype in HALVES else certify
-        places = first(ball, result[rows], self._scratch)
+        tile, ball = result[rows], None
+        if result.dtype not in HALVES:
+            ball = self._ball(rows)
+            places = certify(ball, tile, self._scratch)
+        elif self._is_sum:
+            radius, relative = self._stack.bound(rows)
+            places = screen(self._single(rows), radius, relative, tile, self._scratch)
+        else:
+            ball = self._ball(rows)
+            value = self._scratch.take("value", tile, torch.float32).copy_(ball.value)
+            places = screen(value, ball.radius, ball.relative, tile, self._scratch)
         for begin in range(0, places.numel(), _GATHER):
-            self._leave(ball, places[begin : begin + _GATHER], rows)
+            self._leave(places[begin : begin + _GATHER], rows, None if self._is_sum else ball)
             if self._waiting >= _GATHER:
                 self.settle(result)
 
-    def _leave(self, ball: Ball, places: torch.Tensor, rows: slice) -> None:
-        """Leave entries of the given rows to `settle`, by their places there; the bound of a sum is the stack's."""
-        value, columns = ball.value, self._weight.shape[1]
-        radius = None if self._is_sum else ball.error().expand_as(value)[places // columns, places % columns]
-        self._pending.append((value.reshape(-1)[places], radius, places + rows.start * columns))
+    def _single(self, rows: slice) -> torch.Tensor:
+        """Return the rows of a sum, computed in float64 and rounded to float32, in strips that fit a core's cache."""
+        tile = self._weight[rows]
+        value = self._scratch.take("value", tile, torch.float32)
+        step = max(1, _STRIP // tile.shape[1]) if tile.device.type == "cpu" else tile.shape[0]
+        for start in range(0, tile.shape[0], step):
+            strip = tile[start : start + step]
+            summed = self._scratch.take("start", strip, torch.float64).copy_(strip)
+            self._stack.add_to(summed, slice(rows.start + start, rows.start + start + strip.shape[0]))
+            value[start : start + step] = summed
+        return value
+
+    def _leave(self, places: torch.Tensor, rows: slice, ball: Ball | None) -> None:
+        """Leave entries to `settle`, by their places in the rows; None for a sum, of which they are computed again."""
+        columns = self._weight.shape[1]
+        entries = None if ball is None else ball.at(places // columns, places % columns)
+        self._pending.append((places + rows.start * columns, entries))
         self._waiting += places.numel()
 
     def fill_by_kernel(self, result: torch.Tensor) -> bool:
@@ -136,7 +158,7 @@ class _Merge:
         if places.numel() > result.numel() // _MANY:
             return False
         for chunk in places.split(max(1, _GATHERED // self._stack.rank)):
-            row, column = chunk.div(result.shape[1], rounding_mode="floor"), chunk % result.shape[1]
+            row, column = self._entry(chunk)
             ball = self._stack.entries(self._weight[row, column].double(), row, column)
             self._settle(result, ball, row, column)
         return True
@@ -145,13 +167,22 @@ class _Merge:
         """Write the entries that the first pass left open so far into the result."""
         if not self._pending:
             return
-        values, radii, places = zip(*self._pending, strict=True)
+        places, balls = zip(*self._pending, strict=True)
         self._pending.clear()
         self._waiting = 0
-        value, place = torch.cat(values), torch.cat(places)
-        row, column = place // result.shape[1], place % result.shape[1]
-        ball = self._stack.bounded(value, row) if self._is_sum else Ball(value, torch.cat(radii))
-        self._settle(result, ball, row, column)
+        place = torch.cat(places)
+        if not self._is_sum:
+            value, radius = torch.cat([ball.value for ball in balls]), torch.cat([ball.radius for ball in balls])
+            self._settle(result, Ball(value, radius, balls[0].relative), *self._entry(place))
+            return
+        step = max(1, _GATHERED_ON_CPU // max(1, self._stack.rank))
+        for begin in range(0, place.numel(), step):
+            row, column = self._entry(place[begin : begin + step])
+            self._settle(result, self._stack.entries(self._weight[row, column].double(), row, column), row, column)
+
+    def _entry(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and columns of flat places in the weight."""
+        return place // self._weight.shape[1], place % self._weight.shape[1]
 
     def _ball(self, rows: slice) -> Ball:
         """Return the merged rows with a bound of their error."""

@@ -78,13 +78,23 @@ def certify(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     return _open(low, result, reach, scratch)
 
 
-def screen(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """Do what `certify` does for a 16-bit dtype in float32, at a fraction of the cost; more places are left open."""
-    places = _near_midpoints(ball, result, scratch) if result.dtype == torch.bfloat16 else None
-    return _by_both_ends(ball, result, scratch) if places is None else places
+def screen(
+    value: torch.Tensor, radius: torch.Tensor, relative: float, result: torch.Tensor, scratch: Scratch
+) -> torch.Tensor:
+    """Do what `certify` does for a 16-bit dtype in float32, at a fraction of the cost; more places are left open.
+
+    `value` is a ball's, rounded to float32 and contiguous; it is overwritten. The bound is that of the ball.
+    """
+    if result.dtype == torch.bfloat16:
+        places = _near_midpoints(value, radius, relative, result, scratch)
+        if places is not None:
+            return places
+    return _by_both_ends(value, radius, relative, result, scratch)
 
 
-def _near_midpoints(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor | None:
+def _near_midpoints(
+    value: torch.Tensor, radius: torch.Tensor, relative: float, result: torch.Tensor, scratch: Scratch
+) -> torch.Tensor | None:
     """Round to bfloat16 and leave open what is near a midpoint; None where a value is too small or large to go by that.
 
     Let U be the distance of float32 numbers in the value's binade. The value is off by U/2 through its own rounding to
@@ -92,12 +102,11 @@ def _near_midpoints(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch
     2^24 · radius: by less than 2·U. All midpoints of bfloat16 are float32 numbers that end with the 16 bits 0x8000, so
     there is none within 2·U (four numbers, where U halves below) of one that ends with others than 0x7FF8 to 0x8007.
     """
-    value = scratch.take("value", result, torch.float32).copy_(ball.value)
     result.copy_(value)
     magnitude = torch.bitwise_and(result.view(torch.int16), 0x7FFF, out=scratch.take("magnitude", result, torch.int16))
     small, large = (_of_bits(int(bits)) for bits in magnitude.aminmax())
-    least = max(float(ball.radius.max()) * 2.0**24, 2.0**-125)
-    if not (ball.relative <= 2.0**-32 and small >= 2 * least and isfinite(large)):
+    least = max(float(radius.max()) * 2.0**24, 2.0**-125)
+    if not (relative <= 2.0**-32 and small >= 2 * least and isfinite(large)):
         return None
     return _zeros(value.view(torch.int32).add_(0x8008).bitwise_and_(0xFFF0), scratch)
 
@@ -108,17 +117,18 @@ def _of_bits(bits: int) -> float:
     return value
 
 
-def _by_both_ends(ball: Ball, result: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+def _by_both_ends(
+    value: torch.Tensor, radius: torch.Tensor, relative: float, result: torch.Tensor, scratch: Scratch
+) -> torch.Tensor:
     """Round both ends of the ball, in float32, and leave open where they differ.
 
     With u = 2^-24: the value's own rounding to float32 is off by u·|value|, and so are the ends by u·(|value| + reach).
     The 4·u·|value| and the slack of the radius cover both; 2^-140 covers what is lost among float32's subnormals. Both
     ends are float32 numbers, which torch casts to 16 bits with a single rounding.
     """
-    value, reach, end = (scratch.take(slot, result, torch.float32) for slot in ("value", "reach", "end"))
-    value.copy_(ball.value)
-    radius = (ball.radius * (1 + 2.0**-20) + 2.0**-140).float()
-    torch.add(radius, torch.abs(value, out=end), alpha=ball.relative + 2.0**-22, out=reach)
+    reach, end = (scratch.take(slot, result, torch.float32) for slot in ("reach", "end"))
+    radius = (radius * (1 + 2.0**-20) + 2.0**-140).float()
+    torch.add(radius, torch.abs(value, out=end), alpha=relative + 2.0**-22, out=reach)
     low = scratch.take("low", result, result.dtype)
     low.copy_(torch.sub(value, reach, out=end))
     result.copy_(torch.add(value, reach, out=end))

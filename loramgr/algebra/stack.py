@@ -85,18 +85,23 @@ class Stack:
         e ≤ γ(k)·(|start| + S) with S = Σ|l·r| (Higham, Accuracy and Stability, §3.5). |start| ≤ |value| + e + S, so
         e ≤ γ/(1 - γ)·(|value| + 2·S), and S is at most the sum of a row of |left| times the largest |right|.
         """
+        self.add_to(start, rows)
+        return Ball(start, *self.bound(rows))
+
+    def add_to(self, start: torch.Tensor, rows: slice) -> None:
+        """Add left @ right for the given rows to a float64 tensor."""
         if self._left.shape[1]:
             start.addmm_(self._left[rows], self._right)
-        return Ball(start, self._radius[rows], self._relative)
+
+    def bound(self, rows: slice) -> tuple[torch.Tensor, float]:
+        """Return what bounds the error of `added` for the given rows: radius (rows, 1), and relative to the value."""
+        return self._radius[rows], self._relative
 
     def entries(self, start: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Ball:
         """Return start + left @ right for the entries (row, column); all (k,), the bound is that of `added`."""
         if self._columns is None:
             self._columns = self._right.T.contiguous()
-        return self.bounded(start + (self._left[row] * self._columns[column]).sum(dim=1), row)
-
-    def bounded(self, value: torch.Tensor, row: torch.Tensor) -> Ball:
-        """Return entries of what `added` gave, or what was added up in any other order, with its bound; all (k,)."""
+        value = start + (self._left[row] * self._columns[column]).sum(dim=1)
         return Ball(value, self._radius[row, 0], self._relative)
 
     def single(self) -> SingleStack:

@@ -9,11 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import forked_commands
 import pytest
 
 from loramgr import Workspace, errors
@@ -47,16 +46,16 @@ def readme(root: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def tour(
-    root: Path, minilm_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, dict[str, str]]]:
+def tour(root: Path, minilm_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """Return a folder with the examples, and the environment in which `loramgr` is this project's."""
     folder = tmp_path_factory.mktemp("a tour")
     shutil.copytree(root / "examples", folder / "examples")
-    paths = {"PYTHONPATH": str(root), "MODEL": str(minilm_base), "LORAMGR_HOME": str(folder / "tour-home")}
-    environment = os.environ | paths
-    with forked_commands.serving(tmp_path_factory.mktemp("commands"), environment) as programs:
-        yield folder, environment | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    command = folder / "bin" / "loramgr"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m loramgr "$@"\n')
+    command.chmod(0o755)
+    paths = {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root), "MODEL": str(minilm_base)}
+    return folder, os.environ | paths | {"LORAMGR_HOME": str(folder / "tour-home")}
 
 
 def commands(block: str) -> list[tuple[str, list[str]]]:

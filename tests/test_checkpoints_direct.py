@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramgr.checkpoints import direct
+from loramgr.checkpoints import direct, regions
 from loramgr.checkpoints.direct import PAGE, open_direct, write_direct
 from loramgr.checkpoints.regions import Region
-from loramgr.tensorfile import TensorSpec
+from loramgr.errors import IntegrityError
+from loramgr.tensorfile import FileTensor, TensorSpec
 
 
 def aligned(data: bytes, phase: int) -> memoryview:
@@ -70,6 +73,33 @@ def test_what_is_small_or_not_aligned_alike_is_left(tmp_path: Path, size: int, p
     assert not write_direct(descriptor, memoryview(bytes(4 << 20)), 0)  # nobody's to write to: where it lies is unknown
     os.close(descriptor)
     assert (tmp_path / "file").read_bytes() == b"\xaa" * 10
+
+
+@given(start=st.integers(0, 2 * PAGE), before=st.integers(0, 100), size=st.integers(40 * PAGE, 50 * PAGE))
+@settings(max_examples=30)
+def test_a_tensor_is_copied_past_the_cache_as_it_lies(
+    tmp_path_factory: pytest.TempPathFactory, start: int, before: int, size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("direct")
+    data = os.urandom(before + size)
+    (folder / "source").write_bytes(data)
+    file, descriptor = around(folder / "file", start + size + 100), open_direct(folder / "file")
+    spec = TensorSpec("x", "U8", (size,))
+    region = Region(spec, file, start, descriptor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "_LEAST", 1)
+        patch.setattr(regions, "_PIECE", 8 * PAGE)
+        patch.setattr(os, "major", lambda device: 1)  # where the tests run may be no disk
+        region.copy(FileTensor(spec, folder / "source", before))
+        (folder / "source").write_bytes(data[:-1])
+        with pytest.raises(IntegrityError, match="ends inside tensor 'x'"):
+            Region(spec, file, start, descriptor).copy(FileTensor(spec, folder / "source", before))
+    os.close(file)
+    if descriptor is not None:
+        os.close(descriptor)
+    assert (folder / "file").read_bytes() == b"\xaa" * start + data[before:] + b"\xaa" * 100
+    assert region.digest.sha256 == hashlib.sha256(data[before:]).hexdigest()
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("code", "short"), [(errno.EINVAL, 0), (None, 100)])

@@ -41,11 +41,7 @@ class Region:
         """Write all of the tensor's bytes."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         self._sha256.update(view)
-        written = range(0) if self.direct is None else write_direct(self.direct, view, self.start)
-        for part in (range(written.start), range(written.stop, len(view))):
-            at = part.start
-            while at < part.stop:
-                at += os.pwrite(self.file, view[at : min(at + _STEP, part.stop)], self.start + at)
+        self._put(view, self.start)
         self._done(self.start + len(view))
 
     def memory(self, slot: str, size: int) -> memoryview:
@@ -57,10 +53,13 @@ class Region:
         return piece(slot, size + PAGE)[phase : phase + size]
 
     def copy(self, source: FileTensor) -> None:
-        """Copy a tensor as it lies in its file, and hash what arrived.
+        """Copy a tensor as it lies in its file, and hash it: past the page cache, or in the kernel, then what arrived.
 
         Raises IntegrityError when the file has become shorter.
         """
+        if self.direct is not None and source.spec.nbytes >= _PIECE and _is_on_disk(self.file):
+            self._copy_directly(source)
+            return
         with source.path.open("rb", buffering=0) as file:
             at = self._copy(file.fileno(), source)
         self._done(at)
@@ -78,6 +77,29 @@ class Region:
             raise IntegrityError(f"{self.spec.name}: {self._filled} bytes were written, not {self.spec.nbytes}")
         return TensorDigest(self.spec.name, self.spec.dtype, self.spec.shape, self._sha256.hexdigest())
 
+    def _copy_directly(self, source: FileTensor) -> None:
+        """Copy through memory, in pieces that end with a page; a copy in the kernel would fill the page cache."""
+        at, end = 0, source.spec.nbytes
+        with source.path.open("rb", buffering=0) as file:
+            while at < end:
+                phase = (self.start + at) % PAGE
+                data = piece("copy", _PIECE + PAGE)[phase : phase + min(_PIECE - phase, end - at)]
+                count = os.preadv(file.fileno(), [data], source.start + at)
+                if not count:
+                    raise IntegrityError(f"{source.path}: the file ends inside tensor {source.spec.name!r}")
+                self._sha256.update(data[:count])
+                self._put(data[:count], self.start + at)
+                at += count
+        self._done(self.start + end)
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        """Write bytes to a place in the file, whole pages of them directly where that is possible."""
+        written = range(0) if self.direct is None else write_direct(self.direct, data, offset)
+        for part in (range(written.start), range(written.stop, len(data))):
+            at = part.start
+            while at < part.stop:
+                at += os.pwrite(self.file, data[at : min(at + _STEP, part.stop)], offset + at)
+
     def _copy(self, descriptor: int, source: FileTensor) -> int:
         """Copy and return where the copy ends."""
         offset, at, left = source.start, self.start, source.spec.nbytes
@@ -91,6 +113,14 @@ class Region:
     def _done(self, end: int) -> None:
         self._filled = end - self.start
         begin_writing(self.file, self.start, self._filled)
+
+
+def _is_on_disk(file: int) -> bool:
+    """Say whether a file is on a device of blocks; others copy on a server (NFS), share what they copy, or are memory.
+
+    A tensor begins anywhere in a block, which file systems on such a device cannot share.
+    """
+    return os.major(os.fstat(file).st_dev) != 0
 
 
 def _copy_range(source: int, target: int, count: int, offset: int, at: int) -> int:

@@ -75,8 +75,8 @@ def write_shards(folder: Path, shards: Sequence[Shard], how: Writing) -> dict[st
     """
     finished = {} if how.journal is None else how.journal.begin()
     jobs = max(1, how.jobs)
-    # one thread more than compute: now and then one waits for the disk
-    with ThreadPoolExecutor(jobs) as copying, ThreadPoolExecutor(jobs + 1) as making:
+    # Some of them wait for the disk: one of those that compute, and half of those that copy.
+    with ThreadPoolExecutor(jobs + 2) as copying, ThreadPoolExecutor(jobs + 1) as making:
         pools = _Pools(copying, making, Budget(how.memory), how.progress)
         there = {
             shard.name: tensors

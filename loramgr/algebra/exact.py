@@ -31,7 +31,7 @@ _GPU_TILE = 1 << 24  # elements: enough to fill a GPU
 _GATHER = 1 << 17  # open entries settled at once
 _STRIP = 1 << 16  # elements: half a megabyte of float64
 _GATHERED = 1 << 25  # factors gathered at once for open entries on a GPU
-_GATHERED_ON_CPU = 1 << 21
+_GATHERED_ON_CPU = 1 << 21  # sixteen megabytes of float64
 _MANY = 32  # of so many entries one that is open is too much: to gather it costs as much as to compute all in float64
 
 

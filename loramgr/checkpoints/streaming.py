@@ -55,9 +55,10 @@ class Budget:
 class Writing:
     """How shards are written.
 
-    `jobs` threads compute, and some more wait for the disk; `memory` bytes that tensors in the making may hold together;
-    `progress` is told the bytes of every tensor that is done; `journal` None where nothing is resumed; `finish` is called when a shard's tensors are all
-    there and returns the further files, relative to the folder, that belong to it and are durable.
+    `jobs` threads compute, and some more wait for the disk; `memory` bytes that tensors in the making may hold
+    together; `progress` is told the bytes of every tensor that is done; `journal` None where nothing is resumed;
+    `finish` is called when a shard's tensors are all there and returns the further files, relative to the folder,
+    that belong to it and are durable.
     """
 
     jobs: int
